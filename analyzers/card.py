@@ -1,0 +1,26 @@
+"""What a method says of itself: title, family, source, inputs, needs, and the events it emits."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from analyzers.trace import Event
+
+Family = Literal[
+    "decoding", "inspection", "contrast", "drafting", "search", "judging", "training"
+]  # fmt: skip
+Need = Literal[
+    "text", "logits", "top_logprobs", "layers", "routing", "tree", "gradients", "attention", "fork"
+]
+
+
+@dataclass(frozen=True)
+class Card:
+    """title: for the page. source: paper and reference. takes: named inputs beside the prompt.
+    needs: what the method asks of an engine, in the words of `Engine.can`."""
+
+    title: str
+    family: Family
+    source: str
+    emits: tuple[type[Event], ...]
+    needs: tuple[Need, ...] = ("logits",)
+    takes: tuple[str, ...] = ()
