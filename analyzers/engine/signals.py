@@ -1,0 +1,104 @@
+"""The signals of one token, from one pass over its distribution.
+
+Everything in float32 from the raw logits (the tail of the softmax vanishes in bf16), rounded to six
+decimals: more than float32 carries through a forward, and a third of the size in the database.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from analyzers.engine.core import Engine, Step
+from analyzers.trace import Alternative, Origin, Token
+
+TOP = 10
+DIGITS = 6
+
+
+def token(
+    engine: Engine,
+    step: Step,
+    id: int,
+    *,
+    origin: Origin = "sampled",
+    p_sampled: float | None = 1.0,
+) -> Token:
+    """The Token event for writing `id` at `step`. p_sampled: 1 when chosen greedily."""
+    raw = step.raw
+    logprobs = torch.log_softmax(raw, dim=-1)
+    entropy = -(logprobs.exp() * logprobs).nan_to_num(0.0).sum()
+    best, ids = logprobs[: engine.vocabulary.size].topk(min(TOP, engine.vocabulary.size))
+    rank = (raw > raw[id]).sum() + 1
+    written, spread, place = torch.stack([logprobs[id], entropy, rank]).tolist()
+    values = best.tolist()
+    return Token(
+        pos=step.pos,
+        id=id,
+        text=engine.vocabulary.piece(step.before, id),
+        bytes=engine.vocabulary.bytes(id).hex(),
+        logprob=round(written, DIGITS),
+        entropy=round(max(spread, 0.0), DIGITS),
+        rank=int(place),
+        margin=round(_margin(best), DIGITS),
+        p_sampled=None if p_sampled is None else round(p_sampled, DIGITS),
+        top=tuple(
+            (other, engine.vocabulary.display(other), round(value, DIGITS))
+            for other, value in zip(ids.tolist(), values, strict=True)
+        ),
+        origin=origin,
+    )
+
+
+def first_token(engine: Engine, id: int) -> Token:
+    """The first token of a text that is read: nothing precedes it, so it has no numbers."""
+    return Token(
+        pos=0,
+        id=id,
+        text=engine.vocabulary.piece((), id),
+        bytes=engine.vocabulary.bytes(id).hex(),
+        logprob=None,
+        entropy=None,
+        rank=None,
+        margin=None,
+        p_sampled=None,
+        top=(),
+        origin="read",
+    )
+
+
+def instead(engine: Engine, before: Sequence[int], written: Token, id: int) -> Token:
+    """`written` replaced by one of its own alternatives: same place, same distribution, forced.
+
+    Raises: KeyError if `id` is not among them."""
+    alternatives: dict[int, Alternative] = {entry[0]: entry for entry in written.top}
+    logprob = alternatives[id][2]
+    return Token(
+        pos=written.pos,
+        id=id,
+        text=engine.vocabulary.piece(before, id),
+        bytes=engine.vocabulary.bytes(id).hex(),
+        logprob=logprob,
+        entropy=written.entropy,
+        rank=1 + sum(value > logprob for _, _, value in written.top),
+        margin=written.margin,
+        p_sampled=None,
+        top=written.top,
+        origin="forced",
+    )
+
+
+def draw(step: Step, rng: random.Random) -> tuple[int, float]:
+    """Sample an id from the processed distribution, and its probability there."""
+    probabilities = torch.softmax(step.logits, dim=-1, dtype=torch.float64)
+    edges = probabilities.cumsum(dim=-1)
+    # Times the last edge: the sum is not exactly 1, and the draw must stay inside.
+    id = int(torch.searchsorted(edges, rng.random() * float(edges[-1]), right=True))
+    return id, float(probabilities[id])
+
+
+def _margin(best: torch.Tensor) -> float:
+    if len(best) < 2:
+        return 1.0
+    first, second = best[:2].exp().tolist()
+    return float(first - second)

@@ -1,0 +1,107 @@
+"""From token ids to bytes, and from bytes to whole characters."""
+
+import codecs
+import json
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+UTF8_MOST = 4
+
+
+class Vocabulary:
+    """Every token's own bytes; special tokens have none, they are no part of the text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.size = len(tokenizer)
+        self._special = {
+            id: tokenizer.convert_ids_to_tokens(id) for id in set(tokenizer.all_special_ids)
+        }
+        self._bytes = _bytes_of_tokens(tokenizer)
+
+    def special(self, id: int) -> bool:
+        return id in self._special
+
+    def bytes(self, id: int) -> bytes:
+        """b"" for special tokens and for ids beyond the vocabulary."""
+        if id in self._special or not 0 <= id < len(self._bytes):
+            return b""
+        return self._bytes[id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens; an unfinished character at the end is left out."""
+        return _whole(b"".join(map(self.bytes, ids)))
+
+    def piece(self, before: Sequence[int], id: int) -> str:
+        """The characters that become complete when `id` follows `before`; "" inside one.
+
+        Special tokens show their name. Bytes that can belong to no character show as U+FFFD.
+        """
+        if id in self._special:
+            return self._special[id]
+        pending = self._unfinished(before)
+        return _whole(pending + self.bytes(id))
+
+    def display(self, id: int) -> str:
+        """A token by itself, for a list of alternatives: hex bytes in angle brackets where it is
+        only a part of a character."""
+        if id in self._special:
+            return self._special[id]
+        raw = self.bytes(id)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "".join(
+                f"⟨{char.encode('latin-1').hex().upper()}⟩" if "\x80" <= char <= "\xff" else char
+                for char in raw.decode("latin-1")
+            )
+
+    def _unfinished(self, before: Sequence[int]) -> bytes:
+        """The bytes at the end of `before` that are the beginning of a character."""
+        tail = b""
+        for id in reversed(before):
+            if id in self._special or len(tail) >= UTF8_MOST:
+                break
+            tail = self.bytes(id) + tail
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(tail[-UTF8_MOST:])
+        return decoder.getstate()[0]
+
+
+def _whole(raw: bytes) -> str:
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(raw)
+
+
+def _bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """Bytes by id, read from the tokenizer's own decoder (byte-level or SentencePiece style)."""
+    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    convert = _byte_level if '"ByteLevel"' in decoder else _sentencepiece
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    raw = [convert(name) if name is not None else b"" for name in names]
+    # Added tokens are written as they are, not in the alphabet of the others.
+    for id, token in tokenizer.added_tokens_decoder.items():
+        raw[id] = str(token).encode("utf-8")
+    return raw
+
+
+def _byte_level(name: str) -> bytes:
+    return b"".join(
+        bytes([_BYTES[char]]) if char in _BYTES else char.encode("utf-8") for char in name
+    )
+
+
+def _sentencepiece(name: str) -> bytes:
+    if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name):
+        return bytes.fromhex(byte[1])
+    return name.replace("▁", " ").encode("utf-8")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: printable bytes stand for themselves, the rest follow U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(rest)}
+
+
+_BYTES = _byte_alphabet()

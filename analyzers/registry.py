@@ -1,0 +1,54 @@
+"""Finds every method: a module in a family's folder with CARD, Params and run."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, get_args
+
+import analyzers
+from analyzers.card import Card, Family
+from analyzers.errors import BadInput
+from analyzers.trace import Event
+
+
+@dataclass(frozen=True)
+class Method:
+    """name: the module's. about: its docstring. run(engine, task, params, ctx) yields events
+    and returns why it ended."""
+
+    name: str
+    card: Card
+    params: type
+    run: Callable[..., Generator[Event, None, str]]
+    about: str
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """All methods by name, in the order of the families and then of their names."""
+    found = {}
+    for family in get_args(Family):
+        for name in _modules(family):
+            module = importlib.import_module(f"analyzers.{family}.{name}")
+            found[name] = Method(name, module.CARD, module.Params, module.run, module.__doc__ or "")
+    return found
+
+
+def method(name: str) -> Method:
+    """Raises: BadInput with the names there are."""
+    if name not in methods():
+        raise BadInput(f"There is no method {name!r}; there are: {', '.join(methods())}.")
+    return methods()[name]
+
+
+def lacks(card: Card, can: frozenset[Any]) -> str:
+    """Why a model that `can` do this much cannot serve the method; "" if it can."""
+    missing = [need for need in card.needs if need not in can]
+    return f"needs {', '.join(missing)}, which this model does not offer" if missing else ""
+
+
+def _modules(family: str) -> list[str]:
+    paths = [f"{root}/{family}" for root in analyzers.__path__]
+    return sorted(info.name for info in pkgutil.iter_modules(paths))
