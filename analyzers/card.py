@@ -16,7 +16,8 @@ Need = Literal[
 @dataclass(frozen=True)
 class Card:
     """title: for the page. source: paper and reference. takes: named inputs beside the prompt.
-    needs: what the method asks of an engine, in the words of `Engine.can`."""
+    needs: what the method asks of an engine, in the words of `Engine.can`. starts_as: the kind of
+    prompt it is usually given; both always work."""
 
     title: str
     family: Family
@@ -24,3 +25,4 @@ class Card:
     emits: tuple[type[Event], ...]
     needs: tuple[Need, ...] = ("logits",)
     takes: tuple[str, ...] = ()
+    starts_as: Literal["chat", "raw"] = "chat"

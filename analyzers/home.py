@@ -8,7 +8,7 @@ import platformdirs
 
 def models_folder() -> Path:
     """Converted models; safe to delete, they are fetched again."""
-    return _home() / "models" if _home() else Path(platformdirs.user_cache_dir("candor"), "models")
+    return (_home() or Path(platformdirs.user_cache_dir("candor"))) / "models"
 
 
 def database_path() -> Path:

@@ -125,10 +125,7 @@ class Run:
                 yield Update(new, ahead, doing, share, self._runner.recorder.problem)
                 if over:
                     return
-                with self._changed:
-                    self._changed.wait_for(
-                        lambda: self._over or len(self.events) > seen, timeout=0.5
-                    )
+                self._wait_beyond(seen)
                 time.sleep(max(0.0, UPDATE_SECONDS - (time.monotonic() - began)))
         finally:
             if not self._over:
@@ -139,6 +136,10 @@ class Run:
         for _ in self.updates():
             pass
         return self
+
+    def _wait_beyond(self, seen: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or len(self.events) > seen, timeout=0.5)
 
     # For the model thread
 
@@ -273,7 +274,7 @@ class Runner:
                 f"The prompt is too long: it has {len(ids):,} tokens, "
                 f"and the model's context holds {engine.context:,}."
             )
-        params = build(method.params, job.params)
+        params: Any = build(method.params, job.params)
         seed = secrets.randbelow(MAX_SEED + 1) if job.seed is None else job.seed
         started = RunStarted(
             method=method.name,

@@ -21,6 +21,7 @@ CARD = Card(
     source="Hale 2001, A Probabilistic Earley Parser as a Psycholinguistic Model",
     emits=(Token,),
     needs=("logits",),
+    starts_as="raw",
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from analyzers.errors import ModelUnfit
 
@@ -49,7 +50,7 @@ class Parts:
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 
-def parts(model: nn.Module) -> Parts:
+def parts(model: PreTrainedModel) -> Parts:
     """Raises: ModelUnfit for a family that is not in the table."""
     family = model.config.model_type
     if (names := FAMILIES.get(family)) is None:

@@ -249,7 +249,7 @@ class Engine:
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocab) in float32 that a hidden state (..., d_model) would have as the last
         one: final norm, head, and soft-cap. Exactly the model's own logits for its last layer."""
-        return self._parts.readout(hidden.to(self._parts.head.weight.dtype)).float()
+        return self._parts.readout(hidden.to(self.model.dtype)).float()
 
     # Inside
 

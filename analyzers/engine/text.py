@@ -18,20 +18,20 @@ class Vocabulary:
         self._special = {
             id: tokenizer.convert_ids_to_tokens(id) for id in set(tokenizer.all_special_ids)
         }
-        self._bytes = _bytes_of_tokens(tokenizer)
+        self._raw = _bytes_of_tokens(tokenizer)
 
     def special(self, id: int) -> bool:
         return id in self._special
 
-    def bytes(self, id: int) -> bytes:
+    def raw(self, id: int) -> bytes:
         """b"" for special tokens and for ids beyond the vocabulary."""
-        if id in self._special or not 0 <= id < len(self._bytes):
+        if id in self._special or not 0 <= id < len(self._raw):
             return b""
-        return self._bytes[id]
+        return self._raw[id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; an unfinished character at the end is left out."""
-        return _whole(b"".join(map(self.bytes, ids)))
+        return _whole(b"".join(map(self.raw, ids)))
 
     def piece(self, before: Sequence[int], id: int) -> str:
         """The characters that become complete when `id` follows `before`; "" inside one.
@@ -41,14 +41,14 @@ class Vocabulary:
         if id in self._special:
             return self._special[id]
         pending = self._unfinished(before)
-        return _whole(pending + self.bytes(id))
+        return _whole(pending + self.raw(id))
 
     def display(self, id: int) -> str:
         """A token by itself, for a list of alternatives: hex bytes in angle brackets where it is
         only a part of a character."""
         if id in self._special:
             return self._special[id]
-        raw = self.bytes(id)
+        raw = self.raw(id)
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
@@ -63,7 +63,7 @@ class Vocabulary:
         for id in reversed(before):
             if id in self._special or len(tail) >= UTF8_MOST:
                 break
-            tail = self.bytes(id) + tail
+            tail = self.raw(id) + tail
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(tail[-UTF8_MOST:])
         return decoder.getstate()[0]

@@ -1,0 +1,334 @@
+"""The command line: everything the page does, through the same runner and recorder.
+
+Results go to stdout, words about them to stderr. Exit status: 0 done, 1 failed, 2 bad usage.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analyzers.errors import BadInput, CandorError, Stopped
+from analyzers.home import database_path
+
+if TYPE_CHECKING:
+    from sessions.store import Run as StoredRun
+    from sessions.store import Store
+
+DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+DEFAULT_PORT = 7860
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. No command starts the page."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given or given[0].startswith("--") and given[0] != "--help":
+        given.insert(0, "page")
+    try:
+        args = _parser().parse_args(given)
+        return int(args.command(args))
+    except (KeyboardInterrupt, Stopped):
+        _say("Stopped.")
+        return INTERRUPTED
+    except BadInput as error:
+        _say(str(error))
+        return BAD_USAGE
+    except CandorError as error:
+        _say(str(error))
+        return FAILED
+    except BrokenPipeError:  # `candor ... | head`
+        sys.stderr.close()
+        return DONE
+
+
+# Commands
+
+
+def _page(args: argparse.Namespace) -> int:
+    from app.page.main import serve
+
+    serve(
+        host=args.host,
+        port=args.port,
+        browser=not args.no_browser,
+        model=_model_choice(args),
+    )
+    return DONE
+
+
+def _run(args: argparse.Namespace) -> int:
+    from analyzers import registry
+    from analyzers.task import Task, chat
+    from app.runner import Job, Runner
+    from sessions.export import event_line
+
+    method = registry.method(args.method)
+    text = _prompt(args)
+    raw = args.mode == "raw" if args.mode else method.card.starts_as == "raw"
+    if raw and args.system:
+        raise BadInput("--system belongs to a conversation: leave it out with --raw.")
+    prompt = text if raw else chat(text, args.system)
+    job = Job(
+        method=method.name,
+        task=Task(prompt, prefix=args.prefix),
+        params=_settings(args.set),
+        seed=args.seed,
+        model=_model_choice(args),
+    )
+    with _store() as store:
+        runner = Runner(store)
+        try:
+            run = runner.submit(job)
+            for update in run.updates():
+                for stamped in update.new:
+                    if args.json:
+                        print(json.dumps(event_line(stamped), ensure_ascii=False, allow_nan=False))
+                    else:
+                        _show(stamped.event)
+                if update.unsaved:
+                    _say(update.unsaved)
+                sys.stdout.flush()
+        finally:
+            runner.close()
+        return _status_of(run.events[-1].event, run.id, quiet=args.json)
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from analyzers import registry
+
+    rows = [
+        {
+            "name": method.name,
+            "title": method.card.title,
+            "family": method.card.family,
+            "source": method.card.source,
+            "needs": list(method.card.needs),
+            "emits": [kind.__name__ for kind in method.card.emits],
+        }
+        for method in registry.methods().values()
+    ]
+    _table(rows, args.json, ("name", "title", "family", "source"))
+    return DONE
+
+
+def _history(args: argparse.Namespace) -> int:
+    with _store() as store:
+        rows = [_row(run) for run in store.runs(search=args.search, limit=args.limit)]
+    _table(rows, args.json, ("id", "created", "method", "model", "status", "tokens", "prompt"))
+    return DONE
+
+
+def _export(args: argparse.Namespace) -> int:
+    from sessions.export import export_jsonl
+
+    with _store() as store:
+        runs = export_jsonl(store, [store.run(id).id for id in args.run], args.out)
+    _say(f"{runs} run{'s' if runs != 1 else ''} written to {args.out}.")
+    return DONE
+
+
+def _import(args: argparse.Namespace) -> int:
+    from sessions.export import import_jsonl
+
+    with _store() as store:
+        for id in import_jsonl(store, args.file):
+            print(id)
+    return DONE
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from app import doctor
+
+    text, status = doctor.main()
+    print(text)
+    return status
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from app import bench
+
+    if not args.name:
+        for name, about in bench.names().items():
+            print(f"{name:10} {about}")
+        return DONE
+    rows = bench.run(args.name, progress=_say)
+    _table(rows, args.json, ("name", "value", "unit", "baseline", "ratio", "target", "met", "n"))
+    return DONE
+
+
+# Arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch.py",
+        description="Candor: how sure is a language model, and can it be trusted?",
+    )
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    def command(name: str, does: Callable[[Any], int], help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help)
+        made.set_defaults(command=does)
+        return made
+
+    page = command("page", _page, "open the page (what happens without a command)")
+    page.add_argument("--host", default="127.0.0.1", help="address to listen on (loopback)")
+    page.add_argument("--port", type=int, default=DEFAULT_PORT)
+    page.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    _add_model(page)
+
+    run = command("run", _run, "run a method and record it")
+    run.add_argument("method", metavar="METHOD")
+    text = run.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", metavar="TEXT")
+    text.add_argument("--prompt-file", metavar="F", type=Path)
+    mode = run.add_mutually_exclusive_group()
+    mode.add_argument("--chat", dest="mode", action="store_const", const="chat")
+    mode.add_argument("--raw", dest="mode", action="store_const", const="raw")
+    run.add_argument("--system", default="", metavar="S", help="system prompt")
+    run.add_argument("--prefix", default="", metavar="P", help="beginning of the answer")
+    run.add_argument("--set", action="append", default=[], metavar="name=value")
+    run.add_argument("--seed", type=int, metavar="N")
+    run.add_argument("--json", action="store_true", help="one event a line on stdout")
+    _add_model(run)
+
+    methods = command("methods", _methods, "list the methods")
+    methods.add_argument("--json", action="store_true")
+
+    history = command("history", _history, "list recorded runs, newest first")
+    history.add_argument("--search", default="", metavar="TEXT")
+    history.add_argument("--limit", type=int, default=50)
+    history.add_argument("--json", action="store_true")
+
+    export = command("export", _export, "write runs to a file")
+    export.add_argument("run", nargs="+", metavar="RUN", help="id, or its beginning")
+    export.add_argument("--format", choices=["jsonl"], default="jsonl")
+    export.add_argument("--out", required=True, type=Path, metavar="F")
+
+    imports = command("import", _import, "read runs from an exported file; prints their ids")
+    imports.add_argument("file", type=Path, metavar="F")
+
+    bench = command("bench", _bench, "measure; without a name, list what can be measured")
+    bench.add_argument("name", nargs="?", metavar="NAME")
+    bench.add_argument("--json", action="store_true")
+
+    command("doctor", _doctor, "what is installed, cached and working, and what is wrong")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="M", help="built-in name, folder or .gguf file")
+    parser.add_argument("--quantization", default="none", metavar="Q")
+    parser.add_argument("--dtype", default="auto", metavar="D")
+    parser.add_argument("--device", default="auto")
+
+
+def _model_choice(args: argparse.Namespace) -> Any:
+    from app.runner import DEFAULT, ModelChoice
+
+    return ModelChoice(args.model or DEFAULT, args.quantization, args.dtype, args.device)
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        return str(args.prompt)
+    try:
+        return str(args.prompt_file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"Cannot read {args.prompt_file}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{args.prompt_file} is not a UTF-8 text.") from None
+
+
+def _settings(given: list[str]) -> dict[str, str]:
+    settings = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise BadInput(f"--set takes name=value, not {item!r}.")
+        settings[name.strip()] = value
+    return settings
+
+
+# Output
+
+
+@contextmanager
+def _store() -> "Iterator[Store]":
+    from sessions.store import Store
+
+    store = Store(database_path())
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _show(event: Any) -> None:
+    from analyzers.trace import Note, Token
+
+    if isinstance(event, Token):
+        print(event.text if event.bytes else "", end="")
+    elif isinstance(event, Note):
+        _say(event.text)
+
+
+def _status_of(ended: Any, id: str, quiet: bool) -> int:
+    if not quiet:
+        print()
+        _say(
+            f"{ended.status}: {ended.reason} · {ended.tokens} tokens in {ended.seconds:.1f} s"
+            f" · run {id}"
+        )
+    return {"done": DONE, "stopped": INTERRUPTED}.get(ended.status, FAILED)
+
+
+def _row(run: "StoredRun") -> dict[str, Any]:
+    return {
+        "id": run.id,
+        "created": run.created,
+        "method": run.method,
+        "model": run.model,
+        "status": run.status,
+        "tokens": run.tokens,
+        "seconds": run.seconds,
+        "mean_logprob": run.mean_logprob,
+        "prompt": run.prompt_text,
+        "output": run.output,
+        "seed": run.seed,
+        "parent": run.parent,
+        "fork_pos": run.fork_pos,
+    }
+
+
+def _table(rows: list[dict[str, Any]], as_json: bool, columns: Sequence[str]) -> None:
+    """JSON rows whole, or the columns for eyes, the last one clipped."""
+    if as_json:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False, allow_nan=False))
+        return
+    cells = [[_cell(row[name]) for name in columns] for row in rows]
+    widths = [max([len(name), *(len(line[i]) for line in cells)]) for i, name in enumerate(columns)]
+    for line in [list(columns), *cells]:
+        padded = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
+        print("  ".join(padded).rstrip())
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    clean = " ".join(text.split())
+    printable = "".join(char for char in clean if char.isprintable())
+    return printable[:60] + "…" if len(printable) > 60 else printable
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
