@@ -6,6 +6,7 @@ Results go to stdout, words about them to stderr. Exit status: 0 done, 1 failed,
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. No command starts the page."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     given = list(sys.argv[1:] if argv is None else argv)
-    if not given or given[0].startswith("--") and given[0] != "--help":
+    if not given or (given[0].startswith("--") and given[0] != "--help"):
         given.insert(0, "page")
     try:
         args = _parser().parse_args(given)
@@ -57,6 +58,7 @@ def _page(args: argparse.Namespace) -> int:
         port=args.port,
         browser=not args.no_browser,
         model=_model_choice(args),
+        password=os.environ.get("CANDOR_PASSWORD", ""),
     )
     return DONE
 
@@ -72,7 +74,9 @@ def _run(args: argparse.Namespace) -> int:
     raw = args.mode == "raw" if args.mode else method.card.starts_as == "raw"
     if raw and args.system:
         raise BadInput("--system belongs to a conversation: leave it out with --raw.")
-    prompt = text if raw else chat(text, args.system)
+    if raw and args.earlier:
+        raise BadInput("--earlier belongs to a conversation: leave it out with --raw.")
+    prompt = text if raw else chat(text, args.system, _turns(args.earlier))
     job = Job(
         method=method.name,
         task=Task(prompt, prefix=args.prefix),
@@ -87,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
             for update in run.updates():
                 for stamped in update.new:
                     if args.json:
-                        print(json.dumps(event_line(stamped), ensure_ascii=False, allow_nan=False))
+                        print(event_line(stamped))
                     else:
                         _show(stamped.event)
                 if update.unsaved:
@@ -191,6 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--chat", dest="mode", action="store_const", const="chat")
     mode.add_argument("--raw", dest="mode", action="store_const", const="raw")
     run.add_argument("--system", default="", metavar="S", help="system prompt")
+    run.add_argument(
+        "--earlier", default="", metavar="JSON", help="earlier turns, role and content"
+    )
     run.add_argument("--prefix", default="", metavar="P", help="beginning of the answer")
     run.add_argument("--set", action="append", default=[], metavar="name=value")
     run.add_argument("--seed", type=int, metavar="N")
@@ -243,6 +250,25 @@ def _prompt(args: argparse.Namespace) -> str:
         raise BadInput(f"Cannot read {args.prompt_file}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise BadInput(f"{args.prompt_file} is not a UTF-8 text.") from None
+
+
+def _turns(given: str) -> tuple[dict[str, str], ...]:
+    if not given:
+        return ()
+    problem = BadInput('--earlier takes JSON: [{"role": "user", "content": "…"}, …].')
+    try:
+        turns = json.loads(given)
+    except json.JSONDecodeError:
+        raise problem from None
+    roles = ("user", "assistant")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict)
+        and turn.get("role") in roles
+        and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        raise problem
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
 
 
 def _settings(given: list[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch
 from analyzers import registry
 from analyzers.context import Context
 from analyzers.engine import Cursor, Engine, instead, load
-from analyzers.engine.loading import DEFAULT
+from analyzers.engine.loading import DEFAULT, Progress
 from analyzers.errors import BadInput, CandorError, ModelLacks, OutOfContext, Stopped
 from analyzers.params import build
 from analyzers.task import Task, check
@@ -37,6 +37,7 @@ KEPT_CURSORS = 3
 # Runs whose events stay in memory for the page; older ones are read from the store.
 RECENT_RUNS = 8
 MAX_SEED = 2**31 - 1
+NO_TASK = Task("")
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Fork:
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked. seed None: one is chosen and recorded."""
+    """What is asked. seed None: one is chosen and recorded. A fork takes the earlier run's task."""
 
     method: str
-    task: Task
+    task: Task = NO_TASK
     params: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     model: ModelChoice = ModelChoice()
@@ -216,6 +217,17 @@ class Runner:
         run = self._recent.get(run_id)
         return run if run and not run.over else None
 
+    def prepare(self, choice: ModelChoice, progress: Progress) -> None:
+        """Load a model before the first run asks for it. Raises: ModelError, BadInput."""
+        self._engine_for(choice, progress)
+
+    def model_facts(self) -> dict[str, Any] | None:
+        """Identity of the loaded model with `memory` (bytes) and `context` (tokens)."""
+        engine = self.engine
+        if engine is None:
+            return None
+        return dict(engine.identity) | {"memory": engine.memory, "context": engine.context}
+
     def close(self) -> None:
         """Stop what runs, write everything, end the threads."""
         with self._wake:
@@ -264,7 +276,7 @@ class Runner:
         """Raises: CandorError if the run cannot start; afterwards it always ends in RunEnded."""
         job = run.job
         method = registry.method(job.method)
-        engine = self._engine_for(run)
+        engine = self._engine_for(job.model, run._progress)
         if why := registry.lacks(method.card, engine.can):
             raise ModelLacks(f"{method.card.title} {why}.")
         task = self._forked(job.fork, engine) if job.fork else job.task
@@ -338,8 +350,7 @@ class Runner:
     def _record(self, run: Run, event: Event) -> None:
         self.recorder.record(run.id, run._say(event))
 
-    def _engine_for(self, run: Run) -> Engine:
-        choice = run.job.model
+    def _engine_for(self, choice: ModelChoice, progress: Progress) -> Engine:
         if self.engine is None or choice != self._choice:
             self._kept.clear()
             self.engine = self._choice = None
@@ -348,7 +359,7 @@ class Runner:
                 quantization=choice.quantization,
                 dtype=choice.dtype,
                 device=choice.device,
-                progress=run._progress,
+                progress=progress,
             )
             self._choice = choice
         return self.engine

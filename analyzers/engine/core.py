@@ -127,6 +127,11 @@ class Engine:
         """Whether the model says with this token that it is done."""
         return id in self._ends
 
+    @property
+    def memory(self) -> int:
+        """Bytes of the weights."""
+        return int(self.model.get_memory_footprint())
+
     # Writing
 
     def start(self) -> Cursor:

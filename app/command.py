@@ -1,0 +1,42 @@
+"""A run as the command line that would make it again."""
+
+import json
+import shlex
+from collections.abc import Iterable
+
+from analyzers.trace import Event, RunStarted
+
+
+def as_command(events: Iterable[Event]) -> str:
+    """`python3 launch.py run ...` with prompt, settings, seed and model; "" before a run started.
+
+    A fork off another run is not repeated as a fork: the command writes from the prompt.
+    """
+    started = next((event for event in events if isinstance(event, RunStarted)), None)
+    if started is None:
+        return ""
+    words = ["python3", "launch.py", "run", started.method, *_prompt(started)]
+    if started.prefix:
+        words += ["--prefix", started.prefix]
+    for name, value in started.params.items():
+        words += ["--set", f"{name}={_plain(value)}"]
+    words += ["--seed", str(started.seed), "--model", str(started.model["name"])]
+    words += ["--quantization", str(started.model.get("quantization", "none"))]
+    words += ["--dtype", str(started.model.get("dtype", "auto"))]
+    return shlex.join(words)
+
+
+def _prompt(started: RunStarted) -> list[str]:
+    if isinstance(started.prompt, str):
+        return ["--raw", "--prompt", started.prompt]
+    turns = list(started.prompt)
+    words = ["--chat"]
+    if turns[0]["role"] == "system":
+        words += ["--system", turns.pop(0)["content"]]
+    if earlier := turns[:-1]:
+        words += ["--earlier", json.dumps([dict(turn) for turn in earlier], ensure_ascii=False)]
+    return [*words, "--prompt", turns[-1]["content"]]
+
+
+def _plain(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,130 @@
+"""The Gradio page: its frame, its tabs, and the server around it."""
+
+import atexit
+import os
+import socket
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+
+import gradio as gr
+import plotly
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+
+from analyzers.errors import BadInput, CandorError
+from analyzers.home import database_path
+from app.page import theme
+from app.page.context import PageContext
+from app.page.middleware import LOOPBACK, Guard
+from app.page.tabs import generate, history
+from app.page.widgets import PLOTLY
+from app.runner import ModelChoice, Runner
+from sessions.store import Store
+from visualizations import header
+
+
+def build(ctx: PageContext) -> gr.Blocks:
+    """The page, not yet served."""
+
+    def closed(request: gr.Request) -> None:
+        ctx.stop(request.session_hash, "the page was closed")
+
+    with gr.Blocks(title="Candor", analytics_enabled=False) as page:
+        bar = gr.HTML(header.render(None), elem_id="top")
+        with gr.Tabs():
+            with gr.Tab("Generate", id="generate"):
+                generate.build(ctx)
+            with gr.Tab("History", id="history") as tab:
+                history.build(ctx, tab)
+        page.load(
+            lambda: header.render(ctx.runner.model_facts()), None, bar, show_progress="hidden"
+        )
+        page.unload(closed)
+    return page
+
+
+def application(ctx: PageContext, hosts: frozenset[str], password: str = "") -> FastAPI:
+    """The whole app: the page, plotly.js from the installed package, and the guard around both."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    script = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    app.add_api_route(PLOTLY, lambda: FileResponse(script, media_type="text/javascript"))
+    app.add_middleware(Guard, hosts=hosts, password=password)
+    return gr.mount_gradio_app(
+        app,
+        build(ctx),
+        path="/",
+        show_error=False,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        max_file_size="512mb",
+        theme=theme.theme(),
+        css=theme.css(),
+        head=theme.head(),
+    )
+
+
+def serve(*, host: str, port: int, browser: bool, model: ModelChoice, password: str = "") -> None:
+    """Load the model, serve the page until Ctrl+C, then write everything and leave.
+
+    Raises: BadInput for a public address without a password, or a port in use; StoreError.
+    """
+    if host not in LOOPBACK and not password:
+        raise BadInput(
+            f"Listening on {host} shows the page to others: set a password in CANDOR_PASSWORD."
+        )
+    listener = _listen(host, port)
+    store = Store(database_path())
+    runner = Runner(store)
+    atexit.register(runner.close)
+    try:
+        runner.prepare(model, _say_progress)
+    except CandorError as error:
+        _say(f"{error} The page starts without a model.")
+    ctx = PageContext(runner, store, model)
+    hosts = frozenset(LOOPBACK) if host in LOOPBACK else frozenset()
+    address = f"http://{'localhost' if host in LOOPBACK else host}:{port}"
+    _say(f"Candor is at {address} (Ctrl+C ends it)")
+    if browser and _has_desktop():
+        threading.Timer(1.0, webbrowser.open, [address]).start()
+    config = uvicorn.Config(application(ctx, hosts, password), log_level="warning")
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        runner.close()
+        store.close()
+        atexit.unregister(runner.close)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError):
+        listener.close()
+        raise BadInput(
+            f"Cannot listen on {host}, port {port}: it is in use or not allowed. "
+            "Choose another with --port."
+        ) from None
+    return listener
+
+
+def _has_desktop() -> bool:
+    return sys.platform in ("darwin", "win32") or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _say_progress(what: str, share: float) -> None:
+    if share == 0.0:
+        _say(f"{what} …")

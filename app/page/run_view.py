@@ -1,0 +1,197 @@
+"""One run on the page: text, legend, curve, summary and token panel; live, stored or replayed."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from analyzers.errors import CandorError
+from analyzers.trace import Event, RunStarted, Token, surviving, text_of
+from app.command import as_command
+from app.page.context import PageContext
+from app.page.widgets import QUIET, chart, chosen, view
+from app.runner import UPDATE_SECONDS, Run, Update
+from visualizations import curve, legend, panel, status, summary, tokens
+from visualizations.signals import PROBABILITY, SIGNALS
+
+COPY = "(text) => window.candorCopy(text)"
+PICK_SIGNAL = """(name) => {
+  for (const box of document.querySelectorAll('%s')) {
+    box.className = box.className.replace(/\\bby-\\w+/, 'by-' + name);
+  }
+}"""
+SHOW_SPACE = """(on) => {
+  for (const box of document.querySelectorAll('%s')) box.classList.toggle('show-ws', on);
+}"""
+
+Outputs = dict[gr.components.Component, Any]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """The widgets of one view, and what fills them. `run_id` is the run it shows, per visitor."""
+
+    ctx: PageContext
+    run_id: gr.State
+    answer: gr.HTML
+    state: gr.HTML
+    curve: gr.HTML
+    summary: gr.HTML
+    panel: gr.HTML
+    signal: gr.Radio
+
+    @property
+    def outputs(self) -> list[gr.components.Component]:
+        return [self.run_id, self.answer, self.state, self.curve, self.summary, self.panel]
+
+    def follow(self, run: Run) -> Iterator[Outputs]:
+        """Live: everything the run says, as it comes."""
+        text = tokens.TokenView()
+        yield self._blank() | {self.state: status.waiting(0)}
+        try:
+            for update in run.updates():
+                yield {
+                    self.run_id: run.id,
+                    self.answer: text.add(stamped.event for stamped in update.new),
+                    self.state: _live(run, update),
+                }
+        except CandorError as error:
+            yield {self.state: status.problem(str(error))}
+            return
+        yield self.whole([stamped.event for stamped in run.events], run.id)
+
+    def show(self, run_id: str, signal: str) -> Outputs:
+        """A finished run, at once. Raises: RunNotFound."""
+        events = [stamped.event for stamped in self.ctx.runner.events(run_id)]
+        return (
+            self._blank()
+            | {self.answer: tokens.render(events)}
+            | self.whole(events, run_id, signal)
+        )
+
+    def replay(
+        self, run_id: str, speed: float, going_on: Callable[[], bool], signal: str
+    ) -> Iterator[Outputs]:
+        """The recorded run token by token, `speed` times as fast as it was; needs no model."""
+        stamped = self.ctx.runner.events(run_id)
+        text, began, shown = tokens.TokenView(), time.monotonic(), 0
+        yield self._blank() | {self.run_id: run_id}
+        while shown < len(stamped) and going_on():
+            now = (time.monotonic() - began) * speed
+            due = [each for each in stamped[shown:] if each.t <= now]
+            shown += len(due)
+            yield {
+                self.answer: text.add(each.event for each in due),
+                self.state: status.replaying(shown, len(stamped), speed),
+            }
+            time.sleep(UPDATE_SECONDS)
+        yield self.show(run_id, signal)
+
+    def whole(
+        self, events: Sequence[Event], run_id: str, signal: str = PROBABILITY.name
+    ) -> Outputs:
+        """What stands beside the text when a run has ended."""
+        return {
+            self.run_id: run_id,
+            self.curve: _curve(events, signal),
+            self.summary: summary.render(summary.summarize(events)),
+            self.state: status.ended(events, run_id),
+        }
+
+    def _blank(self) -> Outputs:
+        return {
+            self.answer: "",
+            self.curve: "",
+            self.summary: summary.render(summary.summarize([])),
+            self.panel: panel.empty(),
+        }
+
+
+def build_view(ctx: PageContext, name: str, empty: str) -> RunView:
+    """Draw an empty view; `name` makes its ids, `empty` stands where the text will be."""
+    scope = f"#{name}-view"
+    with gr.Row(elem_id=f"{name}-view", elem_classes="candor-scope by-probability"):
+        with gr.Column(scale=5, min_width=340, elem_classes="candor-middle"):
+            with gr.Group(elem_classes="candor-card"):
+                with gr.Row(elem_classes="candor-bar"):
+                    signal = gr.Radio(
+                        [(each.label, each.name) for each in SIGNALS.values()],
+                        value=PROBABILITY.name,
+                        label="Tint by",
+                        show_label=False,
+                        container=False,
+                        elem_classes="candor-seg",
+                    )
+                    spaces = gr.Checkbox(
+                        False, label="Show white space", container=False, min_width=150, scale=0
+                    )
+                key = gr.HTML(legend.render(PROBABILITY))
+                answer = view(
+                    elem_id=f"{name}-answer", elem_classes="candor-answer", min_height=120
+                )
+                gr.HTML(f'<p class="candor-placeholder">{empty}</p>')
+                state = gr.HTML("", elem_id=f"{name}-state", elem_classes="candor-state")
+                plot = chart(elem_id=f"{name}-curve")
+                with gr.Row(elem_classes="candor-actions"):
+                    copy = gr.Button("Copy answer", size="sm")
+                    command = gr.Button("Copy as command", size="sm")
+            numbers = gr.HTML(summary.render(summary.summarize([])), elem_id=f"{name}-summary")
+        with gr.Column(scale=2, min_width=280):
+            opened = view(panel.empty(), elem_id=f"{name}-panel")
+    run_id = gr.State("")
+    clip = gr.Textbox(visible=False)
+    made = RunView(ctx, run_id, answer, state, plot, numbers, opened, signal)
+
+    def recolour(run_id: str, chosen_signal: str) -> tuple[str, str]:
+        events = _events(ctx, run_id)
+        return legend.render(SIGNALS[chosen_signal]), _curve(events, chosen_signal)
+
+    def open_token(run_id: str, event: gr.EventData) -> str:
+        return _panel(ctx, run_id, chosen(event).get("pos"))
+
+    signal.change(None, signal, None, js=PICK_SIGNAL % scope)
+    signal.change(recolour, [run_id, signal], [key, plot], **QUIET)
+    spaces.change(None, spaces, None, js=SHOW_SPACE % scope)
+    for clickable in (answer, plot):
+        clickable.select(open_token, [run_id], [opened], **QUIET)
+    copy.click(lambda id: text_of(_events(ctx, id)), [run_id], [clip], **QUIET).then(
+        None, [clip], None, js=COPY
+    )
+    command.click(lambda id: as_command(_events(ctx, id)), [run_id], [clip], **QUIET).then(
+        None, [clip], None, js=COPY
+    )
+    return made
+
+
+def _events(ctx: PageContext, run_id: str) -> list[Event]:
+    return [stamped.event for stamped in ctx.runner.events(run_id)] if run_id else []
+
+
+def _curve(events: Sequence[Event], name: str) -> str:
+    if not surviving(events):
+        return ""
+    return curve.to_json(curve.figure(events, SIGNALS[name]))
+
+
+def _panel(ctx: PageContext, run_id: str, pos: int | None) -> str:
+    """The token at `pos`, as text of the token and what else was likely there."""
+    found = [token for token in surviving(_events(ctx, run_id)) if token.pos == pos]
+    if not found:
+        return panel.empty()
+    live = ctx.runner.live(run_id) is not None
+    return panel.render(
+        found[0], f"Token {pos}", can_fork=not live, why_not="the run still goes on"
+    )
+
+
+def _live(run: Run, update: Update) -> str:
+    if not run.id and not update.doing:
+        return status.waiting(update.ahead)
+    if update.doing:
+        return status.doing(update.doing, update.share)
+    written = sum(isinstance(stamped.event, Token) for stamped in run.events)
+    started = next(s.event for s in run.events if isinstance(s.event, RunStarted))
+    line = status.writing(written, run.events[-1].t, started.seed)
+    return line + (status.problem(update.unsaved) if update.unsaved else "")

@@ -1,0 +1,62 @@
+"""The two clickable parts that Gradio does not have: views made of our HTML, and charts."""
+
+from typing import Any
+
+import gradio as gr
+
+from visualizations.assets import js
+
+PLOTLY = "/candor/plotly.min.js"
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+"""Options of a listener that is only for the page."""
+ENGINE: dict[str, Any] = {
+    "concurrency_id": "engine",
+    "concurrency_limit": None,
+    "show_progress": "hidden",
+}
+"""Options of a listener that runs a model: they line up in the runner, which says how many are
+ahead, and not in Gradio's queue."""
+
+# A chart is figure data in the component's value, which the template never shows; plotly.js draws
+# it beside, and a click on a point selects the token in every view of the same scope.
+_CHART = """
+const scope = element.closest('.candor-scope') || document;
+const box = element.querySelector('.plot');
+function draw() {
+  if (!window.Plotly) { setTimeout(draw, 100); return; }
+  if (!props.value) { window.Plotly.purge(box); box.textContent = ''; return; }
+  const figure = JSON.parse(props.value);
+  window.Plotly.react(box, figure.data, figure.layout, {responsive: true, displayModeBar: false});
+  if (box.dataset.listens) return;
+  box.dataset.listens = 'yes';
+  box.on('plotly_click', (event) => {
+    const pos = Number(event.points[0].customdata);
+    scope.dispatchEvent(new CustomEvent('candor:select', {detail: {pos}}));
+    trigger('select', {pos});
+  });
+}
+watch('value', draw);
+draw();
+"""
+
+
+def view(value: str = "", **kwargs: Any) -> gr.HTML:
+    """HTML of our own making, with one delegated listener; its `select` brings what was clicked:
+    {pos}, {pos, fork}, {turn}, {run} or {picked}."""
+    return gr.HTML(value, js_on_load=js(), **kwargs)
+
+
+def chart(**kwargs: Any) -> gr.HTML:
+    """A plotly figure, given as JSON; its `select` brings {pos}, the customdata of the point."""
+    return gr.HTML(
+        "",
+        html_template='<div class="plot"></div>',
+        js_on_load=_CHART,
+        head=f'<script src="{PLOTLY}" defer></script>',
+        **kwargs,
+    )
+
+
+def chosen(event: gr.EventData) -> dict[str, Any]:
+    """What a view or a chart said in its `select`."""
+    return dict(event._data or {})
