@@ -175,12 +175,12 @@ def _memory() -> Findings:
 
 
 def _disk() -> Findings:
-    folders = {_existing(models_folder()): "models", _existing(database_path()): "runs"}
-    for folder, what in folders.items():
+    folders = [_existing(models_folder()), _existing(database_path().parent)]
+    for folder in {folder.stat().st_dev: folder for folder in folders}.values():  # once a disk
         free = shutil.disk_usage(folder).free
         text = f"{free / 1e9:.1f} GB free in {folder}"
         if free < ENOUGH_DISK:
-            yield f"only {text}: make room for {what}, or set CANDOR_HOME to a larger disk.", False
+            yield f"only {text}: make room, or set CANDOR_HOME to a larger disk.", False
         else:
             yield text, True
 
@@ -213,7 +213,7 @@ def _runs() -> Findings:
     elif not _writable(path):
         yield f"{path} cannot be written: change its permissions, or set CANDOR_HOME.", False
     else:
-        yield f"{count} runs, {size / 1e6:.1f} MB, in {path}", True
+        yield f"{count} recorded, {size / 1e6:.1f} MB, in {path}", True
 
 
 def _port() -> Findings:

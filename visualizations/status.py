@@ -37,7 +37,8 @@ def ended(events: Sequence[Event], run_id: str, unsaved: str | None = None) -> s
     end = next((e for e in reversed(events) if isinstance(e, RunEnded)), None)
     notes = "".join(_line("note", escape(e.text)) for e in events if isinstance(e, Note))
     seed = f" · seed {started.seed}" if started else ""
-    saved = f"run {escape(run_id)} saved" if not unsaved else "not saved yet"
+    short = f'<span title="{escape(run_id)}">{escape(run_id[:10])}…</span>'
+    saved = f"run {short} saved" if not unsaved else "not saved yet"
     if end is None:
         said = f"↯ Interrupted: the recording stops here{seed} · {saved}"
         return _line("failed", said) + notes

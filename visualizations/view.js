@@ -193,9 +193,11 @@ scope.addEventListener('candor:select', (event) => {
 function restore() {
   const first = element.querySelector('[data-i]');
   if (first) {
-    element.setAttribute('dir', 'auto');
-    element.setAttribute('role', 'group');
-    element.setAttribute('aria-label', 'Answer; the arrow keys move from token to token');
+    if (element.dir !== 'auto') {  // once: setting it again lays the whole text out again
+      element.dir = 'auto';
+      element.setAttribute('role', 'group');
+      element.setAttribute('aria-label', 'Answer; the arrow keys move from token to token');
+    }
     if (!tokenAt(selected)) selected = null;
     roam(tokenAt(current) || first);
     if (selected !== null) tokenAt(selected).classList.add('sel');

@@ -18,7 +18,7 @@ class Form:
     """The widgets of one method, by knob name, and the group that shows or hides them."""
 
     method: Method
-    group: gr.Group
+    group: gr.Column
     widgets: Mapping[str, gr.components.Component]
 
     def values(self, given: Mapping[gr.components.Component, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ class Form:
 def build_form(method: Method, visible: bool) -> Form:
     rows = knobs(method.params)
     widgets = {}
-    with gr.Group(visible=visible, elem_classes="candor-form") as group:
+    with gr.Column(visible=visible, elem_classes="candor-form") as group:
         for row in rows[:IN_SIGHT]:
             widgets[row.name] = widget(row)
         if len(rows) > IN_SIGHT:

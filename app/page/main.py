@@ -20,7 +20,7 @@ from app.page import theme
 from app.page.context import PageContext
 from app.page.middleware import LOOPBACK, Guard
 from app.page.tabs import generate, history
-from app.page.widgets import PLOTLY
+from app.page.widgets import PLOTLY, words
 from app.runner import ModelChoice, Runner
 from sessions.store import Store
 from visualizations import header
@@ -32,8 +32,8 @@ def build(ctx: PageContext) -> gr.Blocks:
     def closed(request: gr.Request) -> None:
         ctx.stop(request.session_hash, "the page was closed")
 
-    with gr.Blocks(title="Candor", analytics_enabled=False) as page:
-        bar = gr.HTML(header.render(None), elem_id="top")
+    with gr.Blocks(title="Candor", analytics_enabled=False, fill_width=True) as page:
+        bar = words(header.render(None), elem_id="top")
         with gr.Tabs():
             with gr.Tab("Generate", id="generate"):
                 generate.build(ctx)

@@ -11,7 +11,7 @@ from analyzers.errors import CandorError
 from analyzers.trace import Event, RunStarted, Token, surviving, text_of
 from app.command import as_command
 from app.page.context import PageContext
-from app.page.widgets import QUIET, chart, chosen, view
+from app.page.widgets import QUIET, chart, chosen, view, words
 from app.runner import UPDATE_SECONDS, Run, Update
 from visualizations import curve, legend, panel, status, summary, tokens
 from visualizations.signals import PROBABILITY, SIGNALS
@@ -109,12 +109,12 @@ class RunView:
         }
 
 
-def build_view(ctx: PageContext, name: str, empty: str) -> RunView:
-    """Draw an empty view; `name` makes its ids, `empty` stands where the text will be."""
+def build_view(ctx: PageContext, name: str) -> RunView:
+    """Draw an empty view; `name` makes its ids."""
     scope = f"#{name}-view"
     with gr.Row(elem_id=f"{name}-view", elem_classes="candor-scope by-probability"):
         with gr.Column(scale=5, min_width=340, elem_classes="candor-middle"):
-            with gr.Group(elem_classes="candor-card"):
+            with gr.Column(elem_classes="candor-card"):
                 with gr.Row(elem_classes="candor-bar"):
                     signal = gr.Radio(
                         [(each.label, each.name) for each in SIGNALS.values()],
@@ -127,18 +127,15 @@ def build_view(ctx: PageContext, name: str, empty: str) -> RunView:
                     spaces = gr.Checkbox(
                         False, label="Show white space", container=False, min_width=150, scale=0
                     )
-                key = gr.HTML(legend.render(PROBABILITY))
-                answer = view(
-                    elem_id=f"{name}-answer", elem_classes="candor-answer", min_height=120
-                )
-                gr.HTML(f'<p class="candor-placeholder">{empty}</p>')
-                state = gr.HTML("", elem_id=f"{name}-state", elem_classes="candor-state")
+                key = words(legend.render(PROBABILITY))
+                answer = view(elem_id=f"{name}-answer", elem_classes="candor-text")
+                state = words("", elem_id=f"{name}-state", elem_classes="candor-state")
                 plot = chart(elem_id=f"{name}-curve")
                 with gr.Row(elem_classes="candor-actions"):
                     copy = gr.Button("Copy answer", size="sm")
                     command = gr.Button("Copy as command", size="sm")
-            numbers = gr.HTML(summary.render(summary.summarize([])), elem_id=f"{name}-summary")
-        with gr.Column(scale=2, min_width=280):
+            numbers = view(summary.render(summary.summarize([])), elem_id=f"{name}-summary")
+        with gr.Column(scale=2, min_width=290, elem_classes="candor-card candor-right"):
             opened = view(panel.empty(), elem_id=f"{name}-panel")
     run_id = gr.State("")
     clip = gr.Textbox(visible=False)

@@ -24,16 +24,21 @@ def theme() -> gr.themes.Base:
     )
     return made.set(
         body_background_fill="#f7f7f5",
-        body_background_fill_dark="#17191c",
+        body_background_fill_dark="#141619",
+        background_fill_secondary="#f6f6f3",
+        background_fill_secondary_dark="#24272c",
         block_border_width="0px",
         block_shadow="none",
         block_background_fill="transparent",
         block_background_fill_dark="transparent",
+        border_color_primary="#e4e4e0",
+        border_color_primary_dark="#35393f",
         button_primary_background_fill="#0b6e75",
         button_primary_background_fill_hover="#08545a",
+        button_primary_background_fill_dark="#0b6e75",
         button_primary_text_color="#ffffff",
         slider_color="#0b6e75",
-        slider_color_dark="#4fb3b9",
+        slider_color_dark="#5bbcc2",
     )
 
 

@@ -43,7 +43,12 @@ draw();
 def view(value: str = "", **kwargs: Any) -> gr.HTML:
     """HTML of our own making, with one delegated listener; its `select` brings what was clicked:
     {pos}, {pos, fork}, {turn}, {run} or {picked}."""
-    return gr.HTML(value, js_on_load=js(), **kwargs)
+    return gr.HTML(value, js_on_load=js(), apply_default_css=False, **kwargs)
+
+
+def words(value: str = "", **kwargs: Any) -> gr.HTML:
+    """HTML of our own making that nobody clicks."""
+    return gr.HTML(value, js_on_load=None, apply_default_css=False, **kwargs)
 
 
 def chart(**kwargs: Any) -> gr.HTML:
@@ -51,6 +56,8 @@ def chart(**kwargs: Any) -> gr.HTML:
     return gr.HTML(
         "",
         html_template='<div class="plot"></div>',
+        apply_default_css=False,
+        elem_classes="candor-curve",
         js_on_load=_CHART,
         head=f'<script src="{PLOTLY}" defer></script>',
         **kwargs,

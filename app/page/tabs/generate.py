@@ -12,13 +12,12 @@ from analyzers.trace import RunStarted, Turn, text_of
 from app.page.context import PageContext
 from app.page.forms import build_form
 from app.page.run_view import Outputs, RunView, build_view
-from app.page.widgets import ENGINE, QUIET, chosen, view
+from app.page.widgets import ENGINE, QUIET, chosen, view, words
 from app.runner import Fork, Job, Run
 from visualizations import status, turns
 from visualizations.text import escape
 
 FIRST_PROMPT = "What is the capital of Kenya, and since when?"
-EMPTY = "The answer appears here, every token tinted by how unsure the model was of it."
 
 
 def build(ctx: PageContext) -> None:
@@ -30,7 +29,7 @@ def build(ctx: PageContext) -> None:
     first = "sampling"
     with gr.Row(elem_classes="candor-page"):
         with gr.Column(scale=2, min_width=280, elem_classes="candor-left"):
-            with gr.Group(elem_classes="candor-card"):
+            with gr.Column(elem_classes="candor-card"):
                 mode = gr.Radio(
                     [("Chat", "chat"), ("Text", "raw")],
                     value="chat",
@@ -43,6 +42,7 @@ def build(ctx: PageContext) -> None:
                 talk = view(elem_id="talk")
                 with gr.Accordion("System prompt", open=False) as system_box:
                     system = gr.Textbox(
+                        value="",
                         show_label=False,
                         label="System prompt",
                         placeholder="How the model should behave (empty: the model's own default)",
@@ -60,6 +60,7 @@ def build(ctx: PageContext) -> None:
                 )
                 with gr.Accordion("Begin the answer", open=False):
                     prefix = gr.Textbox(
+                        value="",
                         show_label=False,
                         label="Beginning of the answer",
                         placeholder="The model goes on from here",
@@ -72,10 +73,11 @@ def build(ctx: PageContext) -> None:
                     label="Method",
                     elem_id="method",
                 )
-                about = gr.HTML(_about(methods[first]))
+                about = words(_about(methods[first]))
                 forms = [build_form(each, name == first) for name, each in methods.items()]
                 with gr.Row(elem_classes="candor-seed"):
                     seed = gr.Textbox(
+                        value="",
                         label="Seed",
                         placeholder="new each run",
                         elem_id="seed",
@@ -86,7 +88,7 @@ def build(ctx: PageContext) -> None:
                 with gr.Row():
                     go = gr.Button("Run", variant="primary", elem_id="run", min_width=80)
                     stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
-                gr.HTML(
+                words(
                     '<p class="candor-hint">Stop acts within one token; it is grey while nothing '
                     "runs.</p>"
                 )
@@ -94,7 +96,7 @@ def build(ctx: PageContext) -> None:
                 "Continue this conversation", size="sm", interactive=False, elem_id="continue"
             )
         with gr.Column(scale=7, min_width=340):
-            shown = build_view(ctx, "generate", EMPTY)
+            shown = build_view(ctx, "generate")
     earlier: gr.State = gr.State(())
 
     fields: set[Any] = {mode, system, prompt, prefix, method, seed, earlier}
@@ -156,7 +158,7 @@ def build(ctx: PageContext) -> None:
 
     def pick_method(name: str) -> list[Any]:
         picked = methods[name]
-        groups = [gr.Group(visible=form.method.name == name) for form in forms]
+        groups = [gr.Column(visible=form.method.name == name) for form in forms]
         return [_about(picked), picked.card.starts_as, *groups]
 
     def pick_mode(kind: str) -> list[Any]:

@@ -11,28 +11,28 @@ import gradio as gr
 from analyzers.errors import CandorError
 from app.page.context import PageContext
 from app.page.run_view import Outputs, build_view
-from app.page.widgets import QUIET, chosen, view
+from app.page.widgets import QUIET, chosen, view, words
 from sessions.export import export_jsonl, import_jsonl
 from visualizations import history, status
 from visualizations.text import human_size
 
 SHOWN_RUNS = 100
 SPEEDS = [("1 ×", 1.0), ("4 ×", 4.0), ("16 ×", 16.0)]
-EMPTY = "Choose a run on the left to open it here."
 
 
 def build(ctx: PageContext, tab: gr.Tab) -> None:
     with gr.Row(elem_classes="candor-page"):
         with gr.Column(scale=4, min_width=340, elem_classes="candor-left"):
-            with gr.Group(elem_classes="candor-card"):
+            with gr.Column(elem_classes="candor-card"):
                 search = gr.Textbox(
+                    "",
                     show_label=False,
                     label="Search",
                     placeholder="Search prompts and answers",
                     container=False,
                     elem_id="search",
                 )
-                disk = gr.HTML("", elem_id="disk")
+                disk = words("", elem_id="disk")
                 rows = view("", elem_id="runs")
                 with gr.Row(elem_classes="candor-actions"):
                     export = gr.Button("Export ticked", size="sm", elem_id="export")
@@ -41,7 +41,7 @@ def build(ctx: PageContext, tab: gr.Tab) -> None:
                     )
                     delete = gr.Button("Delete ticked", size="sm", elem_id="delete")
                 file = gr.File(label="Exported runs", visible=False, elem_id="exported")
-                said = gr.HTML("", elem_id="history-said")
+                said = words("", elem_id="history-said")
                 with gr.Row(visible=False, elem_classes="candor-actions") as sure:
                     yes = gr.Button("Yes, delete them", variant="stop", size="sm", elem_id="yes")
                     no = gr.Button("Keep them", size="sm")
@@ -57,7 +57,7 @@ def build(ctx: PageContext, tab: gr.Tab) -> None:
                     elem_classes="candor-seg",
                 )
                 halt = gr.Button("Stop", size="sm", scale=0, min_width=70, elem_id="replay-stop")
-            shown = build_view(ctx, "history", EMPTY)
+            shown = build_view(ctx, "history")
     picked: gr.State = gr.State(())
     replaying: dict[str, float] = {}
 
