@@ -10,11 +10,11 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import Any, BinaryIO, Literal, NoReturn, TypeGuard
 
 from analyzers.errors import BadImport, StoreUnavailable
 from analyzers.trace import KINDS, from_data, kind_of, to_data
@@ -41,8 +41,7 @@ _KEPT = (
     "mean_logprob", "output",
 )  # fmt: skip
 _ENDINGS = ("done", "stopped", "failed", INTERRUPTED)
-_RUN_HINTS = typing.get_type_hints(Run)
-_EVENT_HINTS = {name: typing.get_type_hints(kind) for name, kind in KINDS.items()}
+Fits = Callable[[Any], bool]
 
 
 def event_line(stamped: Stamped) -> str:
@@ -145,10 +144,10 @@ def _runs(lines: _Lines) -> Iterator[tuple[Mapping[str, Any], Iterator[Row]]]:
 
 
 def _count(lines: _Lines, line: Mapping[str, Any], name: str) -> int:
-    count: Any = line.get(name)
-    if not _fits(count, int) or count < 0:
+    count = line.get(name)
+    if not _is_int(count) or count < 0:
         lines.refuse(f"has no number of {name}")
-    return int(count)
+    return count
 
 
 def _run(lines: _Lines, given: Any) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def _run(lines: _Lines, given: Any) -> dict[str, Any]:
     for name in _KEPT:
         if name not in given:
             lines.refuse(f"lacks the run's {name}")
-        if not _fits(given[name], _RUN_HINTS[name]):
+        if not _RUN_FITS[name](given[name]):
             lines.refuse(f"has a run whose {name} is not what it should be")
     run = {name: given[name] for name in _KEPT}
     for name in ("id", "parent"):
@@ -189,17 +188,17 @@ def _rows(lines: _Lines, count: int) -> Iterator[Row]:
     for _ in range(count):
         data = lines.next()
         seq, t, kind = (data.pop(name, None) for name in ("seq", "t", "kind"))
-        if not _fits(seq, int) or seq <= last:
+        if not _is_int(seq) or seq <= last:
             lines.refuse("has a seq that is no whole number above the one before")
-        if not _fits(t, float) or t < 0:
+        if not _is_float(t) or t < 0:
             lines.refuse("has a t that is no number of seconds")
         if not isinstance(kind, str) or not kind.isidentifier():
             lines.refuse("has no kind of event")
         last = seq
         try:
             event = from_data(kind, data)
-            for name, hint in _EVENT_HINTS.get(kind, {}).items():
-                if not _fits(getattr(event, name), hint):
+            for name, fits in _EVENT_FITS.get(kind, {}).items():
+                if not fits(getattr(event, name)):
                     lines.refuse(f"has a {kind} whose {name} is not what it should be")
             row = encoded(Stamped(seq, float(t) + 0.0, event))
         except (TypeError, ValueError, RecursionError) as error:
@@ -207,29 +206,48 @@ def _rows(lines: _Lines, count: int) -> Iterator[Row]:
         yield row
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is what a type hint of ours says; lists stand for tuples."""
+def _fits(hint: Any) -> Fits:
+    """Tells whether a value out of JSON is what a type hint of ours says; lists are tuples."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, arg) for arg in args)
+        return lambda value: True
+    if hint is int:
+        return _is_int
+    if hint is float:
+        return _is_float
     if origin is Literal:
-        return value in args
+        return lambda value: value in args
+    parts = tuple(_fits(arg) for arg in args if arg is not Ellipsis)
+    if origin in (typing.Union, types.UnionType):
+        return lambda value: any(fits(value) for fits in parts)
+    if origin is tuple and args[-1] is Ellipsis:
+        return lambda value: isinstance(value, list | tuple) and all(map(parts[0], value))
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        if args[-1] is Ellipsis:
-            return all(_fits(item, args[0]) for item in value)
-        return len(value) == len(args) and all(map(_fits, value, args))
+        return lambda value: (
+            isinstance(value, list | tuple)
+            and len(value) == len(parts)
+            and all(fits(item) for fits, item in zip(parts, value, strict=True))
+        )
     if origin is not None:  # a mapping: JSON has seen to its keys
-        return isinstance(value, dict) and all(_fits(item, args[1]) for item in value.values())
-    if hint in (int, float):
-        if isinstance(value, bool) or not isinstance(value, int if hint is int else int | float):
-            return False
-        return -(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)
-    return isinstance(value, hint)
+        return lambda value: isinstance(value, dict) and all(map(parts[1], value.values()))
+    return lambda value: isinstance(value, hint)
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _is_float(value: Any) -> TypeGuard[float]:
+    return math.isfinite(value) if isinstance(value, float) else _is_int(value)
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no finite number")
+
+
+def _fields_fit(cls: type) -> dict[str, Fits]:
+    return {name: _fits(hint) for name, hint in typing.get_type_hints(cls).items()}
+
+
+_RUN_FITS = _fields_fit(Run)
+_EVENT_FITS = {name: _fields_fit(kind) for name, kind in KINDS.items()}

@@ -150,7 +150,8 @@ def upgrade(db: Database, path: Path, steps: Migrations = migrations) -> None:
 
 
 def _refuse(db: Database, path: Path, steps: Migrations) -> None:
-    applied = {step.name for step in steps.applied(db)}
+    with db.atomic():  # one state of the file, while another process may be making its tables
+        applied, tables = {step.name for step in steps.applied(db)}, db.table_names()
     with closing(Database(memory=True)) as empty:  # where every step is still to be done
         known = {step.name for step in steps.pending(empty)}
     if unknown := applied - known:
@@ -158,7 +159,7 @@ def _refuse(db: Database, path: Path, steps: Migrations) -> None:
             f"The database {path} was written by a newer version of Candor "
             f"({', '.join(sorted(unknown))}): update Candor, or set CANDOR_HOME to another folder."
         )
-    if not applied and db.table_names():
+    if tables and not applied:
         raise StoreUnavailable(
             f"The file {path} is a database of another program: "
             "move it away, or set CANDOR_HOME to another folder."

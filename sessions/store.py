@@ -221,9 +221,10 @@ class Store:
     def _fold(self, run_id: str) -> tuple[str, float | None, int]:
         """Text, mean log-probability and number of chosen tokens of what is stored so far."""
         with self._connection() as db:
+            # The alternatives are most of a token, and have no part in this.
             rows = db.execute(
-                "SELECT kind, data FROM events WHERE run = ? AND kind IN ('Token', 'Rewind') "
-                "ORDER BY seq",
+                "SELECT kind, json_replace(data, '$.top', json('[]')) FROM events "
+                "WHERE run = ? AND kind IN ('Token', 'Rewind') ORDER BY seq",
                 (run_id,),
             ).fetchall()
         tokens = surviving(from_data(kind, json.loads(data)) for kind, data in rows)
@@ -236,7 +237,8 @@ class Store:
     def delete(self, ids: Iterable[str]) -> int:
         """Remove runs with all that belongs to them; returns the bytes the disk got back.
 
-        Ids that are not there are passed over. Raises: StoreError if one is still running.
+        Ids that are not there are passed over. Where the file is busy, the room is kept for the
+        next runs or given back by the next deletion. Raises: StoreError if one is still running.
         """
         self._mark_interrupted()
         before = self.size()
@@ -258,7 +260,7 @@ class Store:
             ):
                 db.execute(f"DELETE FROM {table} WHERE {column} {chosen}", (wanted,))
             db.executemany(f"DELETE FROM blobs WHERE key = ? AND key NOT IN ({of_artifacts})", keys)
-        with self._connection() as db:
+        with suppress(StoreUnavailable), self._connection() as db:
             db.executescript("PRAGMA incremental_vacuum")  # `execute` stops after one page
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return max(0, before - self.size())
@@ -285,6 +287,7 @@ class Store:
         return [_run(row) for row in rows]
 
     def count(self, search: str = "") -> int:
+        """How many runs `runs` would list with this search."""
         where, values = _filter(search, None)
         with self._connection() as db:
             row = db.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchone()
@@ -334,6 +337,7 @@ class Store:
             db.execute("INSERT OR REPLACE INTO blobs (key, data) VALUES (?, ?)", (key, data))
 
     def get_blob(self, key: str) -> bytes | None:
+        """The bytes under a key, or None."""
         with self._connection() as db:
             row = db.execute("SELECT data FROM blobs WHERE key = ?", (key,)).fetchone()
         return row[0] if row else None
@@ -392,6 +396,7 @@ class Store:
             "CREATE TEMP TABLE staged (run TEXT, seq INTEGER, t REAL, kind TEXT, data TEXT, "
             "PRIMARY KEY (run, seq)) WITHOUT ROWID"
         )
+        db.execute("BEGIN")  # of temporary tables: it locks nobody out
         staged: list[tuple[dict[str, Any], bytes]] = []
         for given, rows in incoming:
             run, content, size = dict(given), _content(given), 0
@@ -400,6 +405,7 @@ class Store:
                 size += row.bytes + KEY_BYTES
                 db.execute("INSERT INTO staged VALUES (?, ?, ?, ?, ?)", (run["id"], *row[:4]))
             staged.append((run | {"size": size}, content.digest()))
+        db.execute("COMMIT")
 
         ids: dict[str, str] = {}  # as given -> as it is here
         added: list[dict[str, Any]] = []

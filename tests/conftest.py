@@ -1,9 +1,21 @@
-"""Shared engines. Tests never change them."""
+"""Shared engines and a runner on one of them. Tests never change the engines of a session."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
 from analyzers.engine import Engine, load
+from app.runner import Runner
+from sessions.store import Store
 from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models gain nothing from more, and lose much where other programs have the cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +33,22 @@ def any_engine(request) -> Engine:
 def smollm() -> Engine:
     """The default model in float32, really loaded."""
     return load()
+
+
+@pytest.fixture
+def own_engine() -> Engine:
+    """A tiny engine that a test may change; no token ends its text."""
+    engine = tiny.engine()
+    engine._ends = frozenset()
+    return engine
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_engine: Engine) -> Iterator[Runner]:
+    """The real runner and recorder on a database of its own; every model is `own_engine`."""
+    monkeypatch.setattr("app.runner.load", lambda ref, **options: own_engine)
+    store = Store(tmp_path / "runs.db")
+    made = Runner(store)
+    yield made
+    made.close()
+    store.close()

@@ -54,13 +54,13 @@ def render(
             said = f"Nothing found for ‘{escape(clipped(query, 80))}’."
         else:
             said = "No runs yet: everything you run is kept here, to replay, compare and export."
-        return f'<div class="candor-runs"><p class="empty">{said}</p></div>'
+        return f'<div class="candor candor-runs"><p class="empty">{said}</p></div>'
     lines = "".join(_line(run, run.id in selected) for run in runs)
-    return f'<ul class="candor-runs">{lines}</ul>'
+    return f'<ul class="candor candor-runs">{lines}</ul>'
 
 
 def when(stamp: str) -> str:
-    """ "2026-11-23T10:31:07Z" -> "2026-11-23 10:31 UTC"; what is no time comes back as it is."""
+    """2026-11-23T10:31:07Z as 2026-11-23 10:31 UTC; what is no time comes back as it is."""
     try:
         time = datetime.fromisoformat(stamp)
     except ValueError:

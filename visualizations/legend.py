@@ -14,7 +14,7 @@ def render(signal: Signal) -> str:
     unit = f" in {signal.unit}" if signal.unit else ""
     turn = "below" if below else "from"
     return (
-        f'<div class="candor-legend by-{signal.name}">'
+        f'<div class="candor candor-legend by-{signal.name}">'
         f'<div class="scale"><span class="end">sure</span><ol>{steps}</ol>'
         '<span class="end">unsure</span></div>'
         f"<p><b>{signal.label}</b>{unit}: {escape(signal.formula)} · tint {turn} "

@@ -20,7 +20,7 @@ def render(token: Token, pos_label: str, can_fork: bool, why_not: str) -> str:
     """pos_label: what the page calls the place ("Token 12"). why_not: said when the run cannot
     be continued from here with another token."""
     parts = [
-        '<section class="candor-panel">',
+        '<section class="candor candor-panel">',
         f"<h3>{escape(pos_label)} <span>{_name(token)}</span></h3>",
         f'<dl class="facts">{_facts(token)}</dl>',
     ]
@@ -34,9 +34,9 @@ def render(token: Token, pos_label: str, can_fork: bool, why_not: str) -> str:
 
 def empty() -> str:
     return (
-        '<section class="candor-panel"><p class="empty">Choose a token in the answer, by click or '
-        "with the arrow keys and Enter, to see what the model would have written instead.</p>"
-        "</section>"
+        '<section class="candor candor-panel"><p class="empty">Choose a token in the answer, by '
+        "click or with the arrow keys and Enter, to see what the model would have written "
+        "instead.</p></section>"
     )
 
 

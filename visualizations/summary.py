@@ -82,8 +82,8 @@ def render(summary: Summary, trust: Trust | None = None) -> str:
     """
     if not summary.tokens:
         return (
-            '<section class="candor-summary"><p class="empty">How sure the model was is summed up '
-            "here when a run has ended.</p></section>"
+            '<section class="candor candor-summary"><p class="empty">How sure the model was is '
+            "summed up here when a run has ended.</p></section>"
         )
     flag = ""
     if summary.truncated:
@@ -97,7 +97,7 @@ def render(summary: Summary, trust: Trust | None = None) -> str:
         for name, label, value, unit, detail, direction in _cards(summary)
     )
     return (
-        f'<section class="candor-summary">{flag}<dl class="cards">{cards}</dl>'
+        f'<section class="candor candor-summary">{flag}<dl class="cards">{cards}</dl>'
         f'<p class="note">{_counts(summary)}</p></section>'
     )
 

@@ -14,7 +14,7 @@ _MOST = 50_000
 def render(turns: Iterable[Turn], editable: bool = True) -> str:
     """data-turn counts from 0 in `turns`. Long texts unfold; the HTML of none is empty."""
     parts = [_turn(i, turn, editable) for i, turn in enumerate(turns)]
-    return f'<ol class="candor-turns">{"".join(parts)}</ol>' if parts else ""
+    return f'<ol class="candor candor-turns">{"".join(parts)}</ol>' if parts else ""
 
 
 def _turn(index: int, turn: Turn, editable: bool) -> str:

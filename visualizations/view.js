@@ -24,7 +24,7 @@ function tokenOf(event) {
   return pieces[Math.max(0, Math.min(pieces.length - 1, share))];
 }
 
-// ---- the tooltip: one for the whole page, text only -------------------------------------------
+// ---- the tooltip: one for the whole page, text only --------------------------------------------
 
 function tip() {
   let box = document.getElementById('candor-tip');
@@ -127,7 +127,7 @@ function beside(token, key) {
   return forward ? token.nextElementSibling : token.previousElementSibling;
 }
 
-// ---- listeners -----------------------------------------------------------------------------------
+// ---- listeners ---------------------------------------------------------------------------------
 
 let pointed = null;
 element.addEventListener('mousemove', (event) => {
@@ -188,7 +188,7 @@ scope.addEventListener('candor:select', (event) => {
   if (token) token.scrollIntoView({ block: 'nearest' });
 });
 
-// ---- after each rendering --------------------------------------------------------------------------
+// ---- after each rendering ----------------------------------------------------------------------
 
 function restore() {
   const first = element.querySelector('[data-i]');

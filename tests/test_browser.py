@@ -1,0 +1,323 @@
+"""The page as a person meets it: the real app with the default model in headless Chromium."""
+
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from analyzers.trace import RunEnded, RunStarted, Token, surviving, text_of
+from app.page.context import PageContext
+from app.page.main import application
+from app.runner import ModelChoice, Runner
+from sessions.store import Store
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+LONG = 60_000  # ms; the slowest machine that shall pass needs this for one answer
+expect.set_options(timeout=LONG)
+
+
+@pytest.fixture(scope="module")
+def served(smollm, tmp_path_factory) -> Iterator[tuple[PageContext, str]]:
+    """The whole app on a free port, its database in an empty folder."""
+    store = Store(tmp_path_factory.mktemp("home") / "runs.db")
+    runner = Runner(store)
+    runner.prepare(ModelChoice(), lambda what, share: None)
+    ctx = PageContext(runner, store, ModelChoice())
+    app = application(ctx, frozenset({"127.0.0.1"}))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield ctx, f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(timeout=20)
+    runner.close()
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = shutil.which("chromium")
+    assert path, "the browser tests need Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(served, browser) -> Iterator[Page]:
+    """An open page; every error in the browser's console fails the test."""
+    context = browser.new_context(viewport={"width": 1360, "height": 900})
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    context.set_default_timeout(LONG)
+    opened = context.new_page()
+    problems: list[str] = []
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.goto(served[1])
+    expect(opened.locator("#run")).to_be_visible()
+    yield opened
+    context.close()
+    assert problems == []
+
+
+def ask(page: Page, prompt: str, *, tokens: int = 12, seed: int = 7) -> None:
+    page.locator("#prompt textarea").fill(prompt)
+    page.locator("#seed").locator("input, textarea").fill(str(seed))
+    page.get_by_label("number input for Max new (tokens)").first.fill(str(tokens))
+    page.get_by_label("number input for Max new (tokens)").first.press("Tab")
+
+
+def run(page: Page) -> None:
+    page.locator("#run").click()
+    ended(page)
+
+
+def ended(page: Page) -> None:
+    expect(page.locator("#generate-state")).to_contain_text(re.compile("Done|Stopped|Failed"))
+    expect(page.locator("#run")).to_be_enabled()
+
+
+def tokens(page: Page, view: str = "generate"):
+    return page.locator(f"#{view}-answer .t")
+
+
+def newest(ctx: PageContext):
+    row = ctx.store.runs(limit=1)[0]
+    return row, [stamped.event for stamped in ctx.store.events(row.id)]
+
+
+def test_an_answer_streams_with_its_confidence_and_is_kept(page, served):
+    ask(page, "What is the capital of Kenya, and since when?", tokens=24)
+    page.locator("#run").click()
+    expect(tokens(page).nth(2)).to_be_visible()
+    ended(page)
+    row, events = newest(served[0])
+    written = surviving(events)
+    assert row.status == "done" and row.seed == 7 and len(written) == tokens(page).count()
+    shown = "".join(
+        tokens(page).nth(i).inner_text() for i, token in enumerate(written) if token.bytes
+    )
+    assert re.sub(r"\s+", "", shown) == re.sub(r"\s+", "", text_of(events))
+    for i, token in enumerate(written[:5]):
+        assert tokens(page).nth(i).get_attribute("data-i") == str(token.pos)
+    expect(page.locator("#generate-state")).to_contain_text("seed 7")
+    expect(page.locator("#generate-summary")).to_contain_text("perplexity")
+    expect(page.locator("#generate-curve .main-svg").first).to_be_visible()
+
+
+def test_the_tint_changes_without_running_again(page, served):
+    ask(page, "Say hello.")
+    run(page)
+    before = served[0].store.count()
+    colours = {}
+    for label in ("Probability", "Entropy", "Margin", "Rank", "Surprisal"):
+        page.locator("#generate-view").get_by_text(label, exact=True).first.click()
+        expect(page.locator(f"#generate-view.by-{label.lower()}")).to_be_visible()
+        expect(page.locator("#generate-view .candor-legend")).to_contain_text(label)
+        colours[label] = tokens(page).evaluate_all(
+            "all => all.map(t => getComputedStyle(t).backgroundColor)"
+        )
+    assert len({tuple(row) for row in colours.values()}) > 1
+    assert served[0].store.count() == before
+
+
+def test_keyboard_and_click_open_a_token_and_its_numbers(page, served):
+    ask(page, "Name a river in Africa.")
+    run(page)
+    token = surviving(newest(served[0])[1])[2]
+    tokens(page).first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#candor-tip.on")).to_contain_text("probability")
+    page.keyboard.press("Enter")
+    panel = page.locator("#generate-panel")
+    expect(panel).to_contain_text(f"Token {token.pos}")
+    expect(panel.locator(".bar").first).to_be_visible()
+    assert panel.locator("[data-fork]").count() >= 9
+    tokens(page).nth(4).click()
+    expect(panel).to_contain_text(f"Token {token.pos + 2}")
+    expect(tokens(page).nth(4)).to_have_class(re.compile(r"\bsel\b"))
+    page.locator("#generate-curve .point").first.click(force=True)
+    expect(panel).to_contain_text(f"Token {token.pos - 2}")
+
+
+def test_an_alternative_continues_as_a_new_run_from_the_kept_cache(page, served):
+    ctx = served[0]
+    ask(page, "What is the capital of France?", tokens=16)
+    run(page)
+    parent, events = newest(ctx)
+    place = surviving(events)[3]
+    tokens(page).nth(3).click()
+    button = page.locator("#generate-panel [data-fork]").first
+    other = int(button.get_attribute("data-fork"))
+    button.click()
+    expect(tokens(page).nth(3)).to_have_class(re.compile("o-forced"))
+    ended(page)
+    child, continued = newest(ctx)
+    assert (child.parent, child.fork_pos) == (parent.id, place.pos)
+    written = surviving(continued)
+    assert written[:3] == surviving(events)[:3]
+    assert (written[3].id, written[3].origin) == (other, "forced")
+    start = next(event for event in continued if isinstance(event, RunStarted))
+    end = continued[-1]
+    # One pass a new token, and at most one for the token that was chosen: no prefill.
+    assert isinstance(end, RunEnded) and end.forwards <= end.tokens + 1
+    assert start.prompt_ids == events[0].prompt_ids
+
+
+def test_stop_acts_within_one_token(page, served):
+    ask(page, "Write a long story about the sea.", tokens=2000)
+    page.locator("#run").click()
+    expect(tokens(page).nth(5)).to_be_visible()
+    assert page.locator("#run").is_disabled()
+    page.locator("#stop").click()
+    ended(page)
+    expect(page.locator("#generate-state")).to_contain_text("Stopped")
+    row, events = newest(served[0])
+    assert row.status == "stopped" and 5 <= sum(isinstance(e, Token) for e in events) < 400
+
+
+def test_an_error_is_one_sentence_and_loses_nothing(page):
+    ask(page, "   ")
+    page.locator("#run").click()
+    expect(page.get_by_role("alert")).to_contain_text("The prompt is empty")
+    ask(page, "kept as it was", tokens=5)
+    page.locator("#seed").locator("input, textarea").fill("seven")
+    page.locator("#run").click()
+    expect(page.get_by_role("alert")).to_contain_text("whole number")
+    assert page.locator("#prompt textarea").input_value() == "kept as it was"
+    assert "Traceback" not in page.content()
+    page.locator("#seed").locator("input, textarea").fill("3")
+    run(page)
+    expect(page.locator("#generate-state")).to_contain_text("Done")
+
+
+def test_a_second_tab_waits_in_a_visible_queue_and_closing_a_tab_ends_its_run(
+    page, served, browser
+):
+    ctx, address = served
+    ask(page, "Count to a thousand.", tokens=4000)
+    page.locator("#run").click()
+    expect(tokens(page).nth(3)).to_be_visible()
+    running, _ = newest(ctx)
+    second = browser.new_page()
+    second.set_default_timeout(LONG)
+    second.goto(address)
+    expect(second.locator("#run")).to_be_visible()
+    ask(second, "Say yes.", tokens=4)
+    second.locator("#run").click()
+    expect(second.locator("#generate-state")).to_contain_text("one run is before yours")
+    page.close()
+    ended(second)
+    assert ctx.store.run(running.id).status == "stopped"
+    second.close()
+
+
+def test_hostile_text_stays_text(page, served):
+    hostile = "<script>window.hacked=1</script> ${alert(1)} {{7*7}} </span>`x` \u202eevil\x07"
+    page.get_by_text("Text", exact=True).first.click()
+    page.locator("#method").get_by_role("listbox").click()
+    page.get_by_role("option", name="Read a text").click()
+    page.locator("#prompt textarea").fill(hostile)
+    run(page)
+    shown = "".join(tokens(page).all_inner_texts())
+    assert "<script>window.hacked=1</script>" in shown
+    assert "${alert(1)}" in shown and "{{7*7}}" in shown and "</span>`x`" in shown
+    assert page.evaluate("window.hacked") is None
+    assert text_of(newest(served[0])[1]) == hostile
+    page.get_by_role("tab", name="History").click()
+    expect(page.locator("#runs")).to_contain_text("<script>")
+    assert page.evaluate("window.hacked") is None
+
+
+def test_a_conversation_goes_on_and_an_earlier_turn_can_be_edited(page, served):
+    ask(page, "My name is Ada.", tokens=6)
+    run(page)
+    page.locator("#continue").click()
+    expect(page.locator("#talk")).to_contain_text("My name is Ada.")
+    ask(page, "What is my name?", tokens=6)
+    page.keyboard.press("Control+Enter")
+    ended(page)
+    _, events = newest(served[0])
+    roles = [turn["role"] for turn in events[0].prompt]
+    assert roles == ["user", "assistant", "user"]
+    page.locator("#talk [data-turn]").first.click()
+    expect(page.locator("#prompt textarea")).to_have_value("My name is Ada.")
+    expect(page.locator("#talk [data-turn]")).to_have_count(0)
+    ask(page, "My name is Bob.", tokens=4)
+    run(page)
+    assert [turn["content"] for turn in newest(served[0])[1][0].prompt] == ["My name is Bob."]
+
+
+def test_answer_and_command_can_be_copied(page, served):
+    ask(page, "It's a test; say \"ok\".", tokens=6)
+    run(page)
+    _, events = newest(served[0])
+    for button, wanted in (("Copy answer", text_of(events)), ("Copy as command", "launch.py run")):
+        page.evaluate("navigator.clipboard.writeText('')")
+        page.locator("#generate-view").get_by_role("button", name=button).click()
+        page.wait_for_function("navigator.clipboard.readText().then(t => t !== '')")
+        assert wanted in page.evaluate("navigator.clipboard.readText()")
+
+
+def test_history_searches_opens_replays_exports_and_deletes(page, served, tmp_path):
+    ctx = served[0]
+    ask(page, "Zanzibar is an island.", tokens=10)
+    run(page)
+    kept, events = newest(ctx)
+    page.get_by_role("tab", name="History").click()
+    page.locator("#search").locator("input, textarea").fill("zanzibar")
+    expect(page.locator("#runs [data-run]")).to_have_count(1)
+    page.locator("#runs [data-run]").click()
+    expect(tokens(page, "history")).to_have_count(len(surviving(events)))
+    engine, ctx.runner.engine = ctx.runner.engine, None  # whatever needs a model fails now
+    try:
+        page.locator("#replay").click()
+        expect(page.locator("#history-state")).to_contain_text("Replaying")
+        expect(page.locator("#history-state")).to_contain_text("Done")
+        expect(tokens(page, "history")).to_have_count(len(surviving(events)))
+    finally:
+        ctx.runner.engine = engine
+    page.locator("#runs [data-pick]").check()
+    page.locator("#export").click()
+    with page.expect_download() as download:
+        page.locator("#exported a").first.click()
+    saved = tmp_path / "runs.jsonl"
+    download.value.save_as(saved)
+    assert kept.id in saved.read_text(encoding="utf-8")
+    page.locator("#delete").click()
+    page.locator("#yes").click()
+    expect(page.locator("#history-said")).to_contain_text("deleted")
+    assert ctx.store.count("zanzibar") == 0
+    page.locator("#import input[type=file]").set_input_files(saved)
+    expect(page.locator("#history-said")).to_contain_text("imported")
+    assert [s.event for s in ctx.store.events(kept.id)] == events
+
+
+@pytest.mark.parametrize("width", [1360, 400])
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_overflows_light_or_dark_wide_or_narrow(page, width, dark, tmp_path: Path):
+    page.set_viewport_size({"width": width, "height": 900})
+    if dark:
+        page.get_by_label("Light or dark").click()
+    ask(page, "unbreakable" * 200, tokens=4)
+    run(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    level = sum(map(int, re.findall(r"\d+", back)[:3]))
+    assert (level < 200) if dark else (level > 600)

