@@ -47,7 +47,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 class SetupError(Exception):
-    """Its text is for the user: one sentence with the cure, perhaps pip's last lines below."""
+    """Its text is for the user: one sentence with the cure, perhaps what pip said below."""
 
 
 def main(argv: list) -> int:
@@ -56,17 +56,17 @@ def main(argv: list) -> int:
     if index:
         os.environ["CANDOR_INDEX_URL"] = index  # fetching the default model reads it, too
     command = argv[0] if argv else ""
-    if command in ("-h", "--help"):
-        print(__doc__, flush=True)
     if here:
         return run_here(argv)
     dev = command == "test"
     reason = unready(dev)
-    if reason and command in ("-h", "--help"):
-        return 0
-    if reason and command == "doctor":
+    if command in ("-h", "--help"):
+        print(__doc__, flush=True)
+        if reason:
+            return 0
+    elif reason and command == "doctor":
         return doctor(reason)
-    if reason:
+    elif reason:
         set_up(dev, index, reason)
     call = [str(PYTHON), str(ROOT / "launch.py"), "--no-setup", *argv]
     if os.name == "nt":  # there, exec returns to the shell before the program ends
@@ -85,7 +85,8 @@ def options(argv: list) -> tuple:
         elif word == "--index-url":
             index = next(words, "")
             if not index:
-                raise SetupError("--index-url needs an address after it, such as " + CPU_INDEX)
+                say("--index-url needs an address after it, such as " + CPU_INDEX)
+                sys.exit(2)
         elif word.startswith("--index-url="):
             index = word.split("=", 1)[1]
         else:
@@ -102,14 +103,19 @@ def run_here(argv: list) -> int:
             os.chdir(str(ROOT))
             return int(pytest.main(argv[1:]))
         from app.cli import main as app_main
+
+        return int(app_main(argv) or 0)
     except ModuleNotFoundError as error:
+        name = (error.name or "").split(".")[0]
+        if (ROOT / name).is_dir():  # a module of ours: a mistake, not a missing package
+            raise
+        lacks = f"{sys.executable} has no package {name}"
         if argv[:1] == ["doctor"]:
-            return doctor(f"{sys.executable} has no package {error.name}")
+            return doctor(lacks)
         cure = "delete the folder .venv and call again"
         if Path(sys.prefix) != VENV:
             cure = "install requirements.txt into it, or call without --no-setup"
-        raise SetupError(f"{sys.executable} has no package {error.name}: {cure}.") from None
-    return int(app_main(argv) or 0)
+        raise SetupError(f"{lacks}: {cure}.") from None
 
 
 # --- Is there anything to do? This runs at every start, so it reads two files and starts one
@@ -260,14 +266,14 @@ def locked(descriptor: int) -> bool:
 
 
 def usable() -> bool:
-    """Whether an existing environment can be completed: Python and pip start, packages are whole.
+    """Whether an existing environment can be completed: Python starts, pip and packages are whole.
 
     A pip that was killed while it wrote leaves a package without its RECORD, or with a RECORD
     that names missing files; pip itself would take such a package for installed.
     """
     if not OLDEST <= version_of(str(PYTHON))[:2] <= NEWEST:
         return False
-    if quietly([str(PYTHON), "-I", "-m", "pip", "--version"]).returncode != 0:
+    if not packages("pip-*.dist-info"):
         return False
     for info in packages("*.dist-info"):
         try:
@@ -277,13 +283,6 @@ def usable() -> bool:
         if not all((info.parent / row[0]).exists() for row in csv.reader(lines) if row):
             return False
     return True
-
-
-def quietly(call: list) -> subprocess.CompletedProcess:
-    """Run a program to its end; what it writes is in `stdout`, as bytes."""
-    return subprocess.run(
-        call, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
 
 
 def packages(pattern: str) -> list:
@@ -302,7 +301,9 @@ def make_environment() -> None:
             entry.unlink()
     # From inside an environment (perhaps the one just emptied), its base Python makes the new one.
     base = getattr(sys, "_base_executable", sys.executable)
-    made = quietly([base, "-I", "-m", "venv", str(VENV)])
+    made = subprocess.run(
+        [base, "-I", "-m", "venv", str(VENV)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if made.returncode != 0:
         lines = made.stdout.decode(errors="replace").strip().splitlines()
         raise SetupError("The environment could not be made; venv says:" + quoted(lines[-8:]))
@@ -349,7 +350,7 @@ def install(dev: bool, index: str, lock: int) -> None:
                 pip.kill()
         shutil.rmtree(str(DOWNLOADS), ignore_errors=True)
     if pip.returncode != 0:
-        raise SetupError(explained(said))
+        raise SetupError(explained(said, pip.returncode))
 
 
 def follow(pip: "subprocess.Popen") -> list:
@@ -417,8 +418,10 @@ NO_NETWORK = (
 )
 
 
-def explained(said: list) -> str:
+def explained(said: list, status: int) -> str:
     """One sentence for why pip failed and what would help, then its last lines."""
+    if status < 0:
+        return f"pip was ended by signal {-status}: call again, the set-up goes on from here."
     text = "\n".join(said)
     again = "call again, or name another package index with --index-url URL"
     if "No space left" in text or "not enough space" in text:
@@ -432,7 +435,8 @@ def explained(said: list) -> str:
         what = f"The package index lacks a package for this computer and Python: {again}."
     else:
         what = f"pip could not install the packages: {again}."
-    return what + " pip's last lines:" + quoted(said[-8:])
+    errors = [line for line in said if line.startswith("ERROR")]
+    return what + " pip says:" + quoted((errors or said)[-6:])
 
 
 def doctor(reason: str) -> int:
@@ -444,7 +448,7 @@ def doctor(reason: str) -> int:
 
 
 def quoted(lines: list) -> str:
-    return "".join(f"\n    {line.strip()}" for line in lines)
+    return "".join("\n    " + line.strip()[:300] for line in lines)
 
 
 # --- Progress goes to stderr: with `run --json`, stdout belongs to the events.

@@ -9,6 +9,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal, TypeVar
 
 from analyzers.errors import BadParameter
@@ -133,7 +134,7 @@ def _number(row: Knob, value: Any) -> int | float:
     problem = BadParameter(f"{row.name} must be {_article(row)} from {row.range}, not {value}.")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise problem from None
     if isinstance(value, bool) or not math.isfinite(number):
         raise problem
@@ -153,7 +154,7 @@ def _article(row: Knob) -> str:
 def _ints(row: Knob, value: Any) -> tuple[int, ...]:
     parts = value.replace(",", " ").split() if isinstance(value, str) else value
     try:
-        return tuple(int(part) for part in parts)
+        return tuple(int(part) if isinstance(part, str) else index(part) for part in parts)
     except (TypeError, ValueError):
         raise BadParameter(
             f"{row.name} must be whole numbers separated by commas, not {value!r}."

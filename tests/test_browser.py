@@ -88,7 +88,13 @@ def run(page: Page) -> None:
 
 
 def ended(page: Page) -> None:
-    expect(page.locator("#generate-state")).to_contain_text(re.compile("Done|Stopped|Failed"))
+    """A run is over that this page has not seen the end of before."""
+    state = page.locator("#generate-state")
+    seen = page.evaluate("window.seenRun || ''")
+    finished = state.locator(f'span[title]:not([title="{seen}"])')
+    expect(finished).to_be_visible()
+    page.evaluate("id => { window.seenRun = id; }", finished.get_attribute("title"))
+    expect(state).to_contain_text(re.compile("Done|Stopped|Failed"))
     expect(page.locator("#run")).to_be_enabled()
 
 
@@ -212,6 +218,8 @@ def test_a_second_tab_waits_in_a_visible_queue_and_closing_a_tab_ends_its_run(
 ):
     ctx, address = served
     ask(page, "Count to a thousand.", tokens=4000)
+    page.get_by_label("number input for Temperature").fill("2")  # it never comes to an end
+    page.get_by_label("number input for Temperature").press("Tab")
     page.locator("#run").click()
     expect(tokens(page).nth(3)).to_be_visible()
     running, _ = newest(ctx)
@@ -231,7 +239,7 @@ def test_a_second_tab_waits_in_a_visible_queue_and_closing_a_tab_ends_its_run(
 def test_hostile_text_stays_text(page, served):
     hostile = "<script>window.hacked=1</script> ${alert(1)} {{7*7}} </span>`x` \u202eevil\x07"
     page.get_by_text("Text", exact=True).first.click()
-    page.locator("#method").get_by_role("listbox").click()
+    page.locator("#method").get_by_role("combobox").click()
     page.get_by_role("option", name="Read a text").click()
     page.locator("#prompt textarea").fill(hostile)
     run(page)
@@ -269,10 +277,18 @@ def test_answer_and_command_can_be_copied(page, served):
     run(page)
     _, events = newest(served[0])
     for button, wanted in (("Copy answer", text_of(events)), ("Copy as command", "launch.py run")):
-        page.evaluate("navigator.clipboard.writeText('')")
         page.locator("#generate-view").get_by_role("button", name=button).click()
-        page.wait_for_function("navigator.clipboard.readText().then(t => t !== '')")
-        assert wanted in page.evaluate("navigator.clipboard.readText()")
+        copied = page.evaluate(
+            """async (wanted) => {
+                for (;;) {
+                    const text = await navigator.clipboard.readText();
+                    if (text.includes(wanted)) return text;
+                    await new Promise((later) => setTimeout(later, 50));
+                }
+            }""",
+            wanted,
+        )
+        assert wanted in copied
 
 
 def test_history_searches_opens_replays_exports_and_deletes(page, served, tmp_path):
@@ -304,7 +320,7 @@ def test_history_searches_opens_replays_exports_and_deletes(page, served, tmp_pa
     page.locator("#yes").click()
     expect(page.locator("#history-said")).to_contain_text("deleted")
     assert ctx.store.count("zanzibar") == 0
-    page.locator("#import input[type=file]").set_input_files(saved)
+    page.get_by_test_id("Import-upload-button").set_input_files(saved)
     expect(page.locator("#history-said")).to_contain_text("imported")
     assert [s.event for s in ctx.store.events(kept.id)] == events
 
@@ -318,6 +334,6 @@ def test_nothing_overflows_light_or_dark_wide_or_narrow(page, width, dark, tmp_p
     ask(page, "unbreakable" * 200, tokens=4)
     run(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    level = sum(map(int, re.findall(r"\d+", back)[:3]))
+    back = page.evaluate("getComputedStyle(document.querySelector('gradio-app')).backgroundColor")
+    level = sum(map(int, re.findall(r"\d+", back)[:3]))  # of 765
     assert (level < 200) if dark else (level > 600)

@@ -118,7 +118,7 @@ def test_two_first_launches_make_one_environment_and_both_run(first):
         [["run", "x"], 1, venv, None],
         [["run", "y"], 1, venv, None],
     ]
-    assert "".join(first.err).count("Making the environment.") == 1
+    assert "".join(first.err).count("Setting up Candor") == 1
     assert "GB" in "".join(first.err), "says how much it downloads"
 
 

@@ -1,5 +1,6 @@
 """Sampling and reading: the text, its numbers and its characters are exactly right."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -37,11 +38,15 @@ def reading(engine: Engine, text: str) -> list[Token]:
     return list(read.run(engine, Task(text), read.Params(), Context(1)))
 
 
-def full(engine: Engine, ids: Sequence[int]) -> torch.Tensor:
-    """The slow obvious version: log-probabilities from one forward. (length, vocab)"""
+def logits(engine: Engine, ids: Sequence[int]) -> torch.Tensor:
+    """The slow obvious version: one forward over everything. (length, vocab)"""
     with torch.no_grad():
-        logits = engine.model(torch.tensor([list(ids)]), use_cache=False).logits[0].float()
-    return torch.log_softmax(logits, -1)
+        return engine.model(torch.tensor([list(ids)]), use_cache=False).logits[0].float()
+
+
+def full(engine: Engine, ids: Sequence[int]) -> torch.Tensor:
+    """The same as log-probabilities."""
+    return torch.log_softmax(logits(engine, ids), -1)
 
 
 def ids_of(events: Sequence[Token]) -> list[int]:
@@ -69,20 +74,20 @@ def dictate(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     ids = iter(engine.tokenizer(text)["input_ids"])
     step = engine.step
 
-    def dictated(cursor, **options):
+    def obey(cursor, **options):
         found = step(cursor, **options)
-        logits = torch.full_like(found.logits, -torch.inf)
-        logits[next(ids)] = 0.0
-        return replace(found, logits=logits)
+        dictated = torch.full_like(found.logits, -torch.inf)
+        dictated[next(ids)] = 0.0
+        return replace(found, logits=dictated)
 
-    monkeypatch.setattr(engine, "step", dictated)
+    monkeypatch.setattr(engine, "step", obey)
 
 
 def soon_ending(family: str) -> Engine:
     """A tiny model that likes its end token."""
     model = tiny.model(family)
     with torch.no_grad():
-        model.get_output_embeddings().weight[256] *= 2.5
+        model.get_output_embeddings().weight[256] *= 4.0
     identity = {"name": "ending", "hash": "0", "quantization": "none"}
     return Engine(model, tiny.tokenizer(), identity)
 
@@ -128,16 +133,18 @@ def test_p_sampled_is_filtered_and_logprob_is_raw(tiny_engine, knobs):
     """The two distributions are never confused; each against its slow version."""
     ids = tiny_engine.encode(Task(TEXT))
     events, _ = write(tiny_engine, TEXT, max_new=15, **knobs)
+    ratios = []
     for event in events:
         raw = full(tiny_engine, ids)[-1]
-        barred = raw.clone()
+        barred = logits(tiny_engine, ids)[-1]
         barred[tiny_engine.vocabulary.size :] = -torch.inf
         filtered = torch.softmax(Filters(**knobs).apply(ids, barred), -1)
         assert event.logprob == pytest.approx(float(raw[event.id]), abs=1e-4)
         assert event.p_sampled == pytest.approx(float(filtered[event.id]), abs=1e-4)
         assert 0 < event.p_sampled <= 1
+        ratios.append(event.p_sampled / math.exp(event.logprob))
         ids.append(event.id)
-    assert any(abs(event.p_sampled - 2.718281828**event.logprob) > 0.01 for event in events)
+    assert max(ratios) > 1.1  # they do differ here
 
 
 def test_greedy_tokens_are_certain_of_being_taken(tiny_engine):
@@ -245,11 +252,11 @@ def test_a_forced_end_token_or_stop_text_ends_at_once(tiny_engine):
 
 def test_a_stop_text_inside_what_was_kept_does_not_end_the_run(smollm, monkeypatch):
     """Only what the new tokens complete counts."""
-    dictate(smollm, monkeypatch, "Hello wonderful world")
-    kept, _ = write(smollm, "Say it.", max_new=2, **GREEDY)
-    assert text_of(kept) == "Hello wonderful"
-    events, why = write(smollm, Task("Say it.", written=tuple(kept)), stop="Hello w", max_new=1)
-    assert (len(events), why) == (3, "max_new reached")
+    dictate(smollm, monkeypatch, "Hello wonderful world again")
+    kept, _ = write(smollm, "Say it.", max_new=3, **GREEDY)
+    task = Task("Say it.", written=tuple(kept))
+    events, why = write(smollm, task, stop="Hello w", max_new=1, **GREEDY)
+    assert (text_of(events), why) == ("Hello wonderful world again", "max_new reached")
 
 
 # Characters
@@ -287,11 +294,13 @@ def test_any_text_comes_out_as_it_went_in(text):
 
 
 @settings(deadline=None, max_examples=200)
-@given(text=st.text(), special=st.sampled_from(["", *tiny.SPECIAL]))
-def test_any_text_comes_out_of_the_default_models_tokens(smollm, text, special):
-    ids = smollm.tokenizer(text + special)["input_ids"]
-    events = spelled(smollm.vocabulary, ids)
-    assert text_of(events) == text + special
+@given(st.data())
+def test_any_text_comes_out_of_the_default_models_tokens(smollm, data):
+    """Where its vocabulary has every byte: it lacks some control characters and rare planes."""
+    spellable = st.characters(codec="utf-8", max_codepoint=0x3FFFF, categories=("L", "N", "P", "S"))
+    text = data.draw(st.text(spellable | st.sampled_from(list("\n \t\u200d\ufe0f\u202e\0"))))
+    events = spelled(smollm.vocabulary, smollm.tokenizer(text)["input_ids"])
+    assert "".join(event.text for event in events) == text == text_of(events)
 
 
 @settings(deadline=None, max_examples=300)
@@ -301,8 +310,8 @@ def test_bytes_that_are_no_text_show_the_same_live_as_folded(raw):
     events = spelled(Vocabulary(tiny.tokenizer()), list(raw))
     shown = "".join(event.text for event in events)
     assert shown == text_of(events)
-    whole = raw.decode("utf-8", "replace")  # there, a beginning at the end counts as broken
-    assert whole.removesuffix("\ufffd") == shown.removesuffix("\ufffd")
+    whole = raw.decode("utf-8", "replace")
+    assert whole in (shown, shown + "\ufffd")  # there, a character begun at the end is broken
 
 
 # Reading

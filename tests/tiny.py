@@ -56,13 +56,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """Random weights, large enough that the distributions are far from flat."""
+    """Random weights, large enough that the distributions are far from flat and greedy text does
+    not repeat one token."""
     torch.manual_seed(seed)
     made = _build(family).eval()
+    embedding = made.get_input_embeddings().weight
     with torch.no_grad():
-        for name, weight in made.named_parameters():
-            if weight.dim() > 1:
-                weight.mul_(4.0 if "embed" in name or "wte" in name else 3.0)
+        for weight in made.parameters():
+            if weight is embedding:  # in most families the head as well
+                weight.mul_(4.0 if family == "gemma3" else 16.0)
+            elif weight.dim() > 1:
+                weight.mul_(20.0)
     made.generation_config.pad_token_id = 256
     return made
 

@@ -75,6 +75,11 @@ def number(value: float, digits: int = 2) -> str:
     return written.lstrip("-") if not written.strip("-0.,") else written.replace("-", "−")
 
 
+def counted(n: int, thing: str) -> str:
+    """ "1 run", "2 runs"."""
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
+
+
 def human_size(size: int) -> str:
     """Bytes in units of 1000: 512 B, 1.2 kB, 34 MB."""
     value, unit = float(size), "B"

@@ -9,6 +9,7 @@ Differs from the source: the draw inverts the cumulative distribution with a see
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import islice
 
 from analyzers.card import Card
 from analyzers.context import Context
@@ -57,8 +58,8 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     )
     stops = [line.replace("\\n", "\n") for line in params.stop.splitlines() if line]
     answer: list[Token] = [*task.written]
-    if answer and engine.ends(answer[-1].id):
-        return "end token"
+    if answer and (why := _over(engine, stops, answer)):
+        return why
     for _ in range(params.max_new):
         if cursor.pos == engine.context:
             return "context full"
@@ -71,14 +72,22 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
         engine.push(cursor, written.id)
         answer.append(written)
         yield written
-        if engine.ends(written.id):
-            return "end token"
-        if found := _stopped_by(stops, answer):
-            return f"stop text {found!r}"
+        if why := _over(engine, stops, answer):
+            return why
     return "max_new reached"
 
 
-def _stopped_by(stops: list[str], answer: list[Token]) -> str | None:
-    """The stop text that the last token completed. Only as many tokens are looked at as it has
-    bytes: a token adds at least one."""
-    return next((stop for stop in stops if stop in text_of(answer[-len(stop.encode()) :])), None)
+def _over(engine: Engine, stops: list[str], answer: list[Token]) -> str:
+    """Why the last token ends the text; "" if it goes on."""
+    if engine.ends(answer[-1].id):
+        return "end token"
+    return next((f"stop text {stop!r}" for stop in stops if _completes(stop, answer)), "")
+
+
+def _completes(stop: str, answer: list[Token]) -> bool:
+    """Whether the last token completed the stop text; what came to stand there before it does not
+    count. Only as many tokens are looked at as the text has bytes: each adds at least one."""
+    most = len(stop.encode("utf-8", "surrogatepass"))
+    spelling = list(islice((token for token in reversed(answer) if token.bytes), most))[::-1]
+    before = len(text_of(spelling[:-1]))
+    return stop in text_of(spelling)[max(0, before - len(stop) + 1) :]

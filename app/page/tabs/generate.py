@@ -67,6 +67,13 @@ def build(ctx: PageContext) -> None:
                         container=False,
                         elem_id="prefix",
                     )
+                with gr.Row():
+                    go = gr.Button("Run", variant="primary", elem_id="run", min_width=80)
+                    stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
+                words(
+                    '<p class="candor-hint">Stop acts within one token; it is grey while nothing '
+                    "runs.</p>"
+                )
                 method = gr.Dropdown(
                     [(each.card.title, name) for name, each in methods.items()],
                     value=first,
@@ -85,13 +92,6 @@ def build(ctx: PageContext) -> None:
                         min_width=120,
                     )
                     again = gr.Button("Use last", size="sm", scale=1, min_width=80)
-                with gr.Row():
-                    go = gr.Button("Run", variant="primary", elem_id="run", min_width=80)
-                    stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
-                words(
-                    '<p class="candor-hint">Stop acts within one token; it is grey while nothing '
-                    "runs.</p>"
-                )
             more = gr.Button(
                 "Continue this conversation", size="sm", interactive=False, elem_id="continue"
             )

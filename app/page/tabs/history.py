@@ -14,7 +14,7 @@ from app.page.run_view import Outputs, build_view
 from app.page.widgets import QUIET, chosen, view, words
 from sessions.export import export_jsonl, import_jsonl
 from visualizations import history, status
-from visualizations.text import human_size
+from visualizations.text import counted, human_size
 
 SHOWN_RUNS = 100
 SPEEDS = [("1 ×", 1.0), ("4 ×", 4.0), ("16 ×", 16.0)]
@@ -65,7 +65,7 @@ def build(ctx: PageContext, tab: gr.Tab) -> None:
         found = ctx.store.runs(query, limit=SHOWN_RUNS)
         total = ctx.store.count(query)
         rest = f" · the newest {len(found)} shown" if total > len(found) else ""
-        about = f"{total:,} runs{rest} · {human_size(ctx.store.size())} on disk"
+        about = f"{counted(total, 'run')}{rest} · {human_size(ctx.store.size())} on disk"
         return [
             f'<p class="candor-hint">{about}</p>',
             history.render([_row(run) for run in found], ticked, query),
@@ -97,14 +97,17 @@ def build(ctx: PageContext, tab: gr.Tab) -> None:
             return [gr.File(visible=False), status.problem("Tick the runs to export first.")]
         out = Path(tempfile.mkdtemp(prefix="candor-")) / "candor-runs.jsonl"
         export_jsonl(ctx.store, ticked, out)
-        return [gr.File(str(out), visible=True), _said(f"{len(ticked)} runs are in the file.")]
+        return [
+            gr.File(str(out), visible=True),
+            _said(f"{counted(len(ticked), 'run')} in the file."),
+        ]
 
     def read(path: str) -> str:
         try:
             ids = import_jsonl(ctx.store, Path(path))
         except CandorError as error:
             return status.problem(str(error))
-        return _said(f"{len(ids)} runs imported.")
+        return _said(f"{counted(len(ids), 'run')} imported.")
 
     def ask(ticked: tuple[str, ...]) -> list[Any]:
         if not ticked:
@@ -112,7 +115,7 @@ def build(ctx: PageContext, tab: gr.Tab) -> None:
         size = human_size(sum(run.size for run in ctx.store.runs(ids=ticked, limit=len(ticked))))
         return [
             gr.Row(visible=True),
-            _said(f"Delete {len(ticked)} runs, about {size}? This cannot be undone."),
+            _said(f"Delete {counted(len(ticked), 'run')}, about {size}? This cannot be undone."),
         ]
 
     def remove(ticked: tuple[str, ...]) -> list[Any]:
@@ -120,7 +123,7 @@ def build(ctx: PageContext, tab: gr.Tab) -> None:
             freed = ctx.store.delete(ticked)
         except CandorError as error:
             return [gr.Row(visible=False), status.problem(str(error)), ticked]
-        said = f"{len(ticked)} runs deleted, {human_size(freed)} given back to the disk."
+        said = f"{counted(len(ticked), 'run')} deleted, {human_size(freed)} given back to the disk."
         return [gr.Row(visible=False), _said(said), ()]
 
     list_in, list_out = [search, picked], [disk, rows]
