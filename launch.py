@@ -67,7 +67,13 @@ def main(argv: list) -> int:
     elif reason and command == "doctor":
         return doctor(reason)
     elif reason:
-        set_up(dev, index, reason)
+        try:
+            set_up(dev, index, reason)
+        except OSError as error:
+            raise SetupError(f"The set-up could not go on: {error}.") from None
+        except KeyboardInterrupt:
+            say("Interrupted. The next call goes on from here.")
+            return 130
     call = [str(PYTHON), str(ROOT / "launch.py"), "--no-setup", *argv]
     if os.name == "nt":  # there, exec returns to the shell before the program ends
         return subprocess.call(call)
@@ -487,8 +493,4 @@ if __name__ == "__main__":
         say(str(problem))
         sys.exit(1)
     except KeyboardInterrupt:
-        say("Interrupted. The next call goes on from here.")
         sys.exit(130)
-    except OSError as problem:
-        say(f"The set-up could not go on: {problem}.")
-        sys.exit(1)

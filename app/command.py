@@ -17,25 +17,26 @@ def as_command(events: Iterable[Event]) -> str:
         return ""
     words = ["python3", "launch.py", "run", started.method, *_prompt(started)]
     if started.prefix:
-        words += ["--prefix", started.prefix]
+        words += [f"--prefix={started.prefix}"]
     for name, value in started.params.items():
         words += ["--set", f"{name}={_plain(value)}"]
-    words += ["--seed", str(started.seed), "--model", str(started.model["name"])]
+    words += ["--seed", str(started.seed), f"--model={started.model['name']}"]
     words += ["--quantization", str(started.model.get("quantization", "none"))]
     words += ["--dtype", str(started.model.get("dtype", "auto"))]
     return shlex.join(words)
 
 
 def _prompt(started: RunStarted) -> list[str]:
+    """With "=", so that a text which begins with "-" is not taken for an option."""
     if isinstance(started.prompt, str):
-        return ["--raw", "--prompt", started.prompt]
+        return ["--raw", f"--prompt={started.prompt}"]
     turns = list(started.prompt)
     words = ["--chat"]
     if turns[0]["role"] == "system":
-        words += ["--system", turns.pop(0)["content"]]
+        words += [f"--system={turns.pop(0)['content']}"]
     if earlier := turns[:-1]:
         words += ["--earlier", json.dumps([dict(turn) for turn in earlier], ensure_ascii=False)]
-    return [*words, "--prompt", turns[-1]["content"]]
+    return [*words, f"--prompt={turns[-1]['content']}"]
 
 
 def _plain(value: object) -> str:

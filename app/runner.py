@@ -152,17 +152,17 @@ class Run:
         self._poll()
         self._doing = (doing, share)
 
-    def _say(self, event: Event) -> Stamped:
+    def _stamp(self, event: Event) -> Stamped:
+        if not self.events:
+            self._began = time.monotonic()
+        return Stamped(len(self.events), round(time.monotonic() - self._began, 6), event)
+
+    def _say(self, stamped: Stamped) -> None:
         with self._changed:
-            if not self.events:
-                self._began = time.monotonic()
-            t = round(time.monotonic() - self._began, 6)
-            stamped = Stamped(len(self.events), t, event)
             self.events.append(stamped)
             if len(self.events) > 1:
                 self._doing = ("", 0.0)
             self._changed.notify_all()
-        return stamped
 
     def _finish(self, refused: CandorError | None = None) -> None:
         with self._changed:
@@ -191,7 +191,7 @@ class Runner:
     def submit(self, job: Job) -> Run:
         """Check what can be checked without the model, and line up.
 
-        Raises: BadInput and its kinds; nothing is recorded then.
+        Raises: BadInput and its kinds, CandorError after `close`; nothing is recorded then.
         """
         method = registry.method(job.method)
         build(method.params, job.params)
@@ -201,6 +201,8 @@ class Runner:
             raise BadInput(f"The seed must be from 0 to {MAX_SEED:,}, not {job.seed}.")
         run = Run(job, self)
         with self._wake:
+            if self._closing:
+                raise CandorError("Candor is being closed: start it again.")
             self._queue.append(run)
             self._wake.notify_all()
         return run
@@ -317,7 +319,9 @@ class Runner:
             forwards=engine.forwards - before,
             seconds=round(time.monotonic() - run._began, 6),
         )
-        self.recorder.end(run.id, run._say(ended))
+        last = run._stamp(ended)
+        run._say(last)
+        self.recorder.end(run.id, last)
 
     def _drive(
         self, run: Run, engine: Engine, events: Generator[Event, None, str]
@@ -348,7 +352,9 @@ class Runner:
             engine.progress = _no_progress
 
     def _record(self, run: Run, event: Event) -> None:
-        self.recorder.record(run.id, run._say(event))
+        stamped = run._stamp(event)
+        self.recorder.record(run.id, stamped)  # first: what cannot be stored is not shown either
+        run._say(stamped)
 
     def _engine_for(self, choice: ModelChoice, progress: Progress) -> Engine:
         if self.engine is None or choice != self._choice:

@@ -294,6 +294,14 @@ def bare(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+def test_a_folder_that_cannot_be_written_is_a_sentence(bare, monkeypatch):
+    def refuse(self: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert "Permission denied" in refusal(bare) and ".venv" in refusal(bare)
+
+
 def refusal(bare: Path) -> str:
     with pytest.raises(launch.SetupError) as refused:
         launch.main([])

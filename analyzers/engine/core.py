@@ -17,7 +17,7 @@ from analyzers.card import Need
 from analyzers.engine.adapters import parts
 from analyzers.engine.cache import Cache, copy_cache, crop_cache, new_cache, padded_batch
 from analyzers.engine.filters import Filters
-from analyzers.engine.text import UTF8_MOST, Vocabulary
+from analyzers.engine.text import UTF8_MOST, Vocabulary, encodable
 from analyzers.errors import BadInput, ModelBroken, ModelUnfit, OutOfContext
 from analyzers.task import Task
 
@@ -104,9 +104,10 @@ class Engine:
         if task.written and task.written[0].pos == 0:
             return [token.id for token in task.written]
         if isinstance(task.prompt, str):
-            ids = self.tokenizer(task.prompt + task.prefix)["input_ids"]
+            ids = self.tokenizer(encodable(task.prompt + task.prefix))["input_ids"]
         else:
-            ids = self.tokenizer(self._templated(task), add_special_tokens=False)["input_ids"]
+            text = encodable(self._templated(task))
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids, *(token.id for token in task.written)]
 
     def _templated(self, task: Task) -> str:

@@ -69,6 +69,16 @@ class Vocabulary:
         return decoder.getstate()[0]
 
 
+def encodable(text: str) -> str:
+    """The text as a tokenizer takes it: half of a surrogate pair, which has no bytes in UTF-8,
+    becomes U+FFFD; two halves become their character."""
+    return (
+        text
+        if text.isascii()
+        else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    )
+
+
 def _whole(raw: bytes) -> str:
     return codecs.getincrementaldecoder("utf-8")("replace").decode(raw)
 

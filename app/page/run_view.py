@@ -7,12 +7,12 @@ from typing import Any
 
 import gradio as gr
 
-from analyzers.errors import CandorError
+from analyzers.errors import BadInput, CandorError
 from analyzers.trace import Event, RunStarted, Token, surviving, text_of
 from app.command import as_command
 from app.page.context import PageContext
 from app.page.widgets import QUIET, chart, chosen, view, words
-from app.runner import UPDATE_SECONDS, Run, Update
+from app.runner import UPDATE_SECONDS, Fork, Job, Run, Update
 from visualizations import curve, legend, panel, status, summary, tokens
 from visualizations.signals import PROBABILITY, SIGNALS
 
@@ -46,8 +46,30 @@ class RunView:
     def outputs(self) -> list[gr.components.Component]:
         return [self.run_id, self.answer, self.state, self.curve, self.summary, self.panel]
 
-    def follow(self, run: Run) -> Iterator[Outputs]:
-        """Live: everything the run says, as it comes."""
+    def run(self, ask: Callable[[], Run], request: gr.Request) -> Iterator[Outputs]:
+        """Ask for a run and show it while it goes on; one run a visitor at a time. What cannot be
+        done becomes a sentence in the state line, and nothing else changes."""
+        session = request.session_hash or ""
+        active = self.ctx.active
+        try:
+            if session in active and not active[session].over:
+                raise BadInput("A run of yours is still going on: stop it first.")
+            run = ask()
+        except CandorError as error:
+            yield {self.state: status.problem(str(error))}
+            return
+        active[session] = run
+        yield from self._follow(run)
+        active.pop(session, None)
+
+    def fork(self, run_id: str, event: gr.EventData, request: gr.Request) -> Iterator[Outputs]:
+        """Continue the shown run with the alternative that was clicked, as a new run."""
+        at = chosen(event)
+        if "fork" in at:
+            job = fork_job(self.ctx, run_id, at["pos"], at["fork"])
+            yield from self.run(lambda: self.ctx.runner.submit(job), request)
+
+    def _follow(self, run: Run) -> Iterator[Outputs]:
         text = tokens.TokenView()
         yield self._blank() | {self.state: status.waiting(0)}
         try:
@@ -160,6 +182,20 @@ def build_view(ctx: PageContext, name: str) -> RunView:
         None, [clip], None, js=COPY
     )
     return made
+
+
+def fork_job(ctx: PageContext, run_id: str, pos: int, id: int) -> Job:
+    """Continue a run with another token, by its own method and settings; a text that was only
+    read is continued by sampling."""
+    started = next(event for event in _events(ctx, run_id) if isinstance(event, RunStarted))
+    same = started.method != "read"
+    return Job(
+        started.method if same else "sampling",
+        params=started.params if same else {},
+        seed=started.seed,
+        model=ctx.model,
+        fork=Fork(run_id, pos, id),
+    )
 
 
 def _events(ctx: PageContext, run_id: str) -> list[Event]:

@@ -1,19 +1,19 @@
 """The Generate tab: ask, watch the answer with its confidence, and go on from any token."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gradio as gr
 
 from analyzers import registry
-from analyzers.errors import BadInput, CandorError
+from analyzers.errors import BadInput
 from analyzers.task import Task, chat
 from analyzers.trace import RunStarted, Turn, text_of
 from app.page.context import PageContext
 from app.page.forms import build_form
-from app.page.run_view import Outputs, RunView, build_view
+from app.page.run_view import Outputs, build_view
 from app.page.widgets import ENGINE, QUIET, chosen, view, words
-from app.runner import Fork, Job, Run
+from app.runner import Job, Run
 from visualizations import status, turns
 from visualizations.text import escape
 
@@ -71,8 +71,8 @@ def build(ctx: PageContext) -> None:
                     go = gr.Button("Run", variant="primary", elem_id="run", min_width=80)
                     stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
                 words(
-                    '<p class="candor-hint">Stop acts within one token; it is grey while nothing '
-                    "runs.</p>"
+                    '<p class="candor-hint">Stop acts within one token. It is grey while nothing '
+                    "runs, and “Continue” below until there is an answer.</p>"
                 )
                 method = gr.Dropdown(
                     [(each.card.title, name) for name, each in methods.items()],
@@ -99,9 +99,8 @@ def build(ctx: PageContext) -> None:
             shown = build_view(ctx, "generate")
     earlier: gr.State = gr.State(())
 
-    fields: set[Any] = {mode, system, prompt, prefix, method, seed, earlier}
+    fields: set[Any] = {mode, system, prompt, prefix, method, seed, earlier, shown.run_id}
     inputs = fields | {widget for form in forms for widget in form.widgets.values()}
-    controls = [go, stop, more]
 
     def start(given: Mapping[Any, Any], request: gr.Request) -> Iterator[Outputs]:
         def ask() -> Run:
@@ -118,17 +117,26 @@ def build(ctx: PageContext) -> None:
                 )
             )
 
-        yield from _follow(ctx, shown, controls, ask, request)
+        yield from with_buttons(shown.run(ask, request), given[shown.run_id])
 
     def fork(run_id: str, event: gr.EventData, request: gr.Request) -> Iterator[Outputs]:
-        at = chosen(event)
-        if "fork" not in at:
-            return
+        if "fork" in chosen(event):
+            yield from with_buttons(shown.fork(run_id, event, request), run_id)
 
-        def ask() -> Run:
-            return ctx.runner.submit(fork_job(ctx, run_id, at["pos"], at["fork"]))
+    def with_buttons(updates: Iterator[Outputs], run_id: str) -> Iterator[Outputs]:
+        """The buttons that fit: while a run goes on, and afterwards. run_id: what was shown."""
+        yield buttons(going=True)
+        for update in updates:
+            run_id = update.get(shown.run_id, run_id)
+            yield update
+        yield buttons(going=False, can_continue=bool(run_id))
 
-        yield from _follow(ctx, shown, controls, ask, request)
+    def buttons(going: bool, can_continue: bool = False) -> Outputs:
+        return {
+            go: gr.Button(interactive=not going),
+            stop: gr.Button(interactive=going),
+            more: gr.Button(interactive=can_continue),
+        }
 
     def halt(request: gr.Request) -> None:
         ctx.stop(request.session_hash, "stopped by you")
@@ -138,9 +146,7 @@ def build(ctx: PageContext) -> None:
         events = [stamped.event for stamped in ctx.runner.events(run_id)]
         started = next(event for event in events if isinstance(event, RunStarted))
         if isinstance(started.prompt, str):
-            raise gr.Error(
-                "Only a chat can be continued; this run was raw text.", print_exception=False
-            )
+            return {shown.state: status.problem("Only a chat can be continued, not raw text.")}
         said = {"role": "assistant", "content": started.prefix + text_of(events)}
         past = tuple(turn for turn in started.prompt if turn["role"] != "system")
         return _talk((*past, said)) | {prompt: "", prefix: "", more: gr.Button(interactive=False)}
@@ -169,7 +175,7 @@ def build(ctx: PageContext) -> None:
         events = ctx.runner.events(run_id) if run_id else []
         return next((str(s.event.seed) for s in events if isinstance(s.event, RunStarted)), "")
 
-    outputs = [*shown.outputs, *controls]
+    outputs = [*shown.outputs, go, stop, more]
     go.click(start, inputs, outputs, api_name="generate", **ENGINE)
     shown.panel.select(fork, [shown.run_id], outputs, api_visibility="private", **ENGINE)
     stop.click(halt, None, None, **QUIET)
@@ -180,54 +186,6 @@ def build(ctx: PageContext) -> None:
     method.change(pick_method, [method], [about, mode, *(form.group for form in forms)], **QUIET)
     mode.change(pick_mode, [mode], [system_box, talk], **QUIET)
     again.click(last_seed, [shown.run_id], [seed], **QUIET)
-
-
-def fork_job(ctx: PageContext, run_id: str, pos: int, id: int) -> Job:
-    """Continue a run with another token, by its own method and settings; a text that was only
-    read is continued by sampling."""
-    events = [stamped.event for stamped in ctx.runner.events(run_id)]
-    started = next(event for event in events if isinstance(event, RunStarted))
-    same = started.method != "read"
-    return Job(
-        started.method if same else "sampling",
-        params=started.params if same else {},
-        seed=started.seed,
-        model=ctx.model,
-        fork=Fork(run_id, pos, id),
-    )
-
-
-def _follow(
-    ctx: PageContext,
-    shown: RunView,
-    controls: list[gr.Button],
-    ask: Callable[[], Run],
-    request: gr.Request,
-) -> Iterator[Outputs]:
-    """Show a run while it goes on, with the buttons that fit; one run a visitor at a time."""
-    go, stop, more = controls
-    session = request.session_hash or ""
-    try:
-        if session in ctx.active and not ctx.active[session].over:
-            raise BadInput("A run of yours is still going on: stop it first.")
-        run = ask()
-    except CandorError as error:
-        yield {shown.state: status.problem(str(error))}
-        return
-    ctx.active[session] = run
-    yield {
-        go: gr.Button(interactive=False),
-        stop: gr.Button(interactive=True),
-        more: gr.Button(interactive=False),
-    }
-    yield from shown.follow(run)
-    ctx.active.pop(session, None)
-    is_chat = bool(run.id) and not isinstance(run.job.task.prompt, str)
-    yield {
-        go: gr.Button(interactive=True),
-        stop: gr.Button(interactive=False),
-        more: gr.Button(interactive=is_chat),
-    }
 
 
 def _task(mode: str, prompt: str, system: str, prefix: str, earlier: tuple[Turn, ...]) -> Task:

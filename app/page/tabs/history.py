@@ -11,7 +11,7 @@ import gradio as gr
 from analyzers.errors import CandorError
 from app.page.context import PageContext
 from app.page.run_view import Outputs, build_view
-from app.page.widgets import QUIET, chosen, view, words
+from app.page.widgets import ENGINE, QUIET, chosen, view, words
 from sessions.export import export_jsonl, import_jsonl
 from visualizations import history, status
 from visualizations.text import counted, human_size
@@ -89,8 +89,9 @@ def build(ctx: PageContext, tab: gr.Tab) -> None:
         replaying[session] = mine
         yield from shown.replay(run_id, speed, lambda: replaying.get(session) == mine, signal)
 
-    def quit_replay(request: gr.Request) -> None:
+    def halt_all(request: gr.Request) -> None:
         replaying.pop(request.session_hash or "", None)
+        ctx.stop(request.session_hash, "stopped by you")
 
     def write(ticked: tuple[str, ...]) -> list[Any]:
         if not ticked:
@@ -131,7 +132,10 @@ def build(ctx: PageContext, tab: gr.Tab) -> None:
     search.change(listed, list_in, list_out, trigger_mode="always_last", **QUIET)
     rows.select(act, [shown.run_id, shown.signal], [picked, *shown.outputs], **QUIET)
     replay.click(play, [shown.run_id, speed, shown.signal], shown.outputs, **QUIET)
-    halt.click(quit_replay, None, None, **QUIET)
+    halt.click(halt_all, None, None, **QUIET)
+    shown.panel.select(
+        shown.fork, [shown.run_id], shown.outputs, api_visibility="private", **ENGINE
+    )
     export.click(write, [picked], [file, said], **QUIET)
     load.upload(read, [load], [said], **QUIET).then(listed, list_in, list_out, **QUIET)
     delete.click(ask, [picked], [sure, said], **QUIET)
