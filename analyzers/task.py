@@ -31,7 +31,8 @@ def chat(user: str, system: str = "", earlier: tuple[Turn, ...] = ()) -> tuple[T
 
 def check(task: Task) -> Task:
     """Raises: EmptyPrompt where the model would have nothing to start from."""
-    last = task.prompt if isinstance(task.prompt, str) else task.prompt[-1]["content"]
+    turns = ({"content": task.prompt},) if isinstance(task.prompt, str) else task.prompt
+    last = turns[-1]["content"] if turns else ""
     if not last.strip() and not task.prefix.strip():
         raise EmptyPrompt("The prompt is empty: type a question or some text first.")
     return task

@@ -130,7 +130,7 @@ class Run:
                 time.sleep(max(0.0, UPDATE_SECONDS - (time.monotonic() - began)))
         finally:
             if not self._over:
-                self.stop("the page was closed")
+                self.stop("its reader went away")
 
     def finish(self) -> "Run":
         """Wait for the end. Raises: CandorError if it could not start."""

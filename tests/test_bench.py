@@ -43,7 +43,7 @@ def test_every_benchmark_says_what_it_measures():
 
 
 def test_an_unknown_benchmark_is_refused(capsys):
-    with pytest.raises(BadInput, match="no benchmark 'speed'.*decode"):
+    with pytest.raises(BadInput, match=r"no benchmark 'speed'.*decode"):
         bench.run("speed", silent)
     assert main(["bench", "speed"]) == 2
     assert main(["bench"]) == 0

@@ -273,7 +273,7 @@ def test_a_conversation_goes_on_and_an_earlier_turn_can_be_edited(page, served):
 
 
 def test_answer_and_command_can_be_copied(page, served):
-    ask(page, "It's a test; say \"ok\".", tokens=6)
+    ask(page, 'It\'s a test; say "ok".', tokens=6)
     run(page)
     _, events = newest(served[0])
     for button, wanted in (("Copy answer", text_of(events)), ("Copy as command", "launch.py run")):

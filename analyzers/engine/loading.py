@@ -5,8 +5,9 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,11 +43,19 @@ def load(
     folder, gguf = _resolve(ref, progress)
     progress(f"Loading {ref}", 0.0)
     with _quiet(), _as_sentence(ref):
-        extra = {"gguf_file": gguf} if gguf else {}
+        # Without the first, transformers asks on the console whether to run a model's own code.
+        extra: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        extra |= {"gguf_file": gguf} if gguf else {}
         tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, attn_implementation="sdpa", use_safetensors=True, **extra
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=kind,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+            **extra,
         )
+        _check_whole(ref, sorted(found["missing_keys"]))
         model.to(where)
     progress(f"Loading {ref}", 1.0)
     return Engine(
@@ -67,14 +76,15 @@ def _resolve(ref: str, progress: Progress) -> tuple[Path, str | None]:
     """The folder with the model, and the file in it where that is a GGUF."""
     if ref in builtin.MODELS:
         return builtin.ensure(ref, models_folder(), progress), None
-    path = Path(ref).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return path.parent, path.name
-    if path.is_dir():
-        _check_folder(path)
-        return path, None
+    with suppress(OSError, RuntimeError):  # too long for a path, or the home of nobody
+        path = Path(ref).expanduser()
+        if path.is_file() and path.suffix == ".gguf":
+            return path.parent, path.name
+        if path.is_dir():
+            _check_folder(path)
+            return path, None
     raise ModelNotFound(
-        f"There is no model {ref!r}: give a built-in name ({', '.join(builtin.MODELS)}), "
+        f"There is no model {ref[:200]!r}: give a built-in name ({', '.join(builtin.MODELS)}), "
         "a folder with a config.json and safetensors, or a .gguf file."
     )
 
@@ -90,6 +100,15 @@ def _check_folder(folder: Path) -> None:
             "any code. Convert them to safetensors first."
         )
     raise ModelNotFound(f"The folder {folder} has no weights: no .safetensors file is in it.")
+
+
+def _check_whole(ref: str, missing: list[str]) -> None:
+    """transformers fills what is missing with random numbers."""
+    if missing:
+        raise ModelBroken(
+            f"The model {ref} is not whole: {len(missing)} of the weights its configuration asks "
+            f"for are missing, the first is {missing[0]}."
+        )
 
 
 def _device(device: str) -> torch.device:
@@ -135,6 +154,11 @@ def _as_sentence(ref: str) -> Iterator[None]:
         raise
     except Exception as error:
         logging.getLogger(__name__).info("loading %s failed", ref, exc_info=True)
+        if "custom code" in str(error):
+            raise ModelUnsafe(
+                f"The model {ref} cannot be loaded without running code that comes with it; "
+                "only architectures that transformers itself knows are loaded."
+            ) from error
         raise ModelBroken(
             f"The model {ref} could not be read ({_first_line(error)}): "
             "its files are damaged or of an unknown kind."

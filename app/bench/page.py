@@ -79,7 +79,7 @@ def measure(
     """
     pacer = _Pacer(tokens, rate)
     found = []
-    with _served(pacer) as address, _browser() as new_page:
+    with _browser() as new_page, _served(pacer) as address:
         for turn in range(rounds):
             progress(f"Round {turn + 1} of {rounds}: {tokens:,} tokens at {rate:g} a second")
             with new_page() as page:

@@ -71,7 +71,7 @@ class RunView:
 
     def _follow(self, run: Run) -> Iterator[Outputs]:
         text = tokens.TokenView()
-        yield self._blank() | {self.state: status.waiting(0)}
+        yield self._blank() | {self.state: status.waiting(0), self.answer: _text("", live=True)}
         try:
             for update in run.updates():
                 yield {
@@ -80,8 +80,9 @@ class RunView:
                     self.state: _live(run, update),
                 }
         except CandorError as error:
-            yield {self.state: status.problem(str(error))}
+            yield {self.state: status.problem(str(error)), self.answer: _text(live=False)}
             return
+        yield {self.answer: _text(live=False)}
         yield self.whole([stamped.event for stamped in run.events], run.id)
 
     def show(self, run_id: str, signal: str) -> Outputs:
@@ -119,7 +120,7 @@ class RunView:
             self.run_id: run_id,
             self.curve: _curve(events, signal),
             self.summary: summary.render(summary.summarize(events)),
-            self.state: status.ended(events, run_id),
+            self.state: status.ended(events, run_id, self.ctx.runner.recorder.problem),
         }
 
     def _blank(self) -> Outputs:
@@ -173,7 +174,7 @@ def build_view(ctx: PageContext, name: str) -> RunView:
     signal.change(None, signal, None, js=PICK_SIGNAL % scope)
     signal.change(recolour, [run_id, signal], [key, plot], **QUIET)
     spaces.change(None, spaces, None, js=SHOW_SPACE % scope)
-    for clickable in (answer, plot):
+    for clickable in (answer, plot, numbers):
         clickable.select(open_token, [run_id], [opened], **QUIET)
     copy.click(lambda id: text_of(_events(ctx, id)), [run_id], [clip], **QUIET).then(
         None, [clip], None, js=COPY
@@ -217,6 +218,11 @@ def _panel(ctx: PageContext, run_id: str, pos: int | None) -> str:
     return panel.render(
         found[0], f"Token {pos}", can_fork=not live, why_not="the run still goes on"
     )
+
+
+def _text(*value: str, live: bool) -> gr.HTML:
+    """An update of the answer with a blinking caret behind it, or without."""
+    return gr.HTML(*value, elem_classes=["candor-text", "live"] if live else ["candor-text"])
 
 
 def _live(run: Run, update: Update) -> str:

@@ -52,11 +52,10 @@ def build(ctx: PageContext) -> None:
                     )
                 prompt = gr.Textbox(
                     FIRST_PROMPT,
-                    label="Prompt",
+                    label="Prompt (Ctrl + Enter runs)",
                     lines=3,
                     max_lines=12,
                     elem_id="prompt",
-                    info="Ctrl + Enter runs",
                 )
                 with gr.Accordion("Begin the answer", open=False):
                     prefix = gr.Textbox(
@@ -71,8 +70,8 @@ def build(ctx: PageContext) -> None:
                     go = gr.Button("Run", variant="primary", elem_id="run", min_width=80)
                     stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
                 words(
-                    '<p class="candor-hint">Stop acts within one token. It is grey while nothing '
-                    "runs, and “Continue” below until there is an answer.</p>"
+                    '<p class="candor-hint">Grey: Stop while nothing runs, Continue before an '
+                    "answer.</p>"
                 )
                 method = gr.Dropdown(
                     [(each.card.title, name) for name, each in methods.items()],
@@ -206,6 +205,6 @@ def _seed(given: str | None) -> int | None:
 def _about(method: registry.Method) -> str:
     head = method.about.splitlines()[0].partition(": ")[2]
     return (
-        f'<p class="candor-about">{escape(head[:1].upper() + head[1:])}'
-        f"<span> {escape(method.card.source)}</span></p>"
+        f'<p class="candor-about" title="Source: {escape(method.card.source)}">'
+        f"{escape(head[:1].upper() + head[1:])}</p>"
     )

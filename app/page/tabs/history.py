@@ -1,10 +1,10 @@
 """The History tab: find, open, replay, export, import and delete what was recorded."""
 
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import gradio as gr
 
@@ -96,7 +96,7 @@ def build(ctx: PageContext, tab: gr.Tab) -> None:
     def write(ticked: tuple[str, ...]) -> list[Any]:
         if not ticked:
             return [gr.File(visible=False), status.problem("Tick the runs to export first.")]
-        out = Path(tempfile.mkdtemp(prefix="candor-")) / "candor-runs.jsonl"
+        out = ctx.files / f"candor-{len(ticked)}-{uuid4().hex[:8]}.jsonl"
         export_jsonl(ctx.store, ticked, out)
         return [
             gr.File(str(out), visible=True),
