@@ -30,9 +30,9 @@ class Everything:
     layers: tuple[int, ...] = knob((1, 2), "Whole numbers")
     name: str = knob("a", "One line")
     text: str = knob("one\ntwo", "Several lines", lines=4)
-    draft: ModelRef = knob(ModelRef("smollm2-135m"), "A second model")  # noqa: RUF009
-    adapter: AdapterRef = knob(AdapterRef(""), "A folder")  # noqa: RUF009
-    rows: FileRef = knob(FileRef(""), "A file")  # noqa: RUF009
+    draft: ModelRef = knob(ModelRef("smollm2-135m"), "A second model")
+    adapter: AdapterRef = knob(AdapterRef(""), "A folder")
+    rows: FileRef = knob(FileRef(""), "A file")
 
 
 MADE_UP = Method(

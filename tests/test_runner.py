@@ -251,7 +251,7 @@ def test_walking_away_ends_the_run(runner):
         pass
     following.close()
     go(runner, job())
-    assert (ending(run).status, ending(run).reason) == ("stopped", "the page was closed")
+    assert (ending(run).status, ending(run).reason) == ("stopped", "its reader went away")
     assert runner.store.events(run.id) == run.events
     assert len(tokens(run)) < 440
 

@@ -13,13 +13,13 @@ from analyzers.card import Card
 from analyzers.context import Context
 from analyzers.engine import Engine, first_token, token
 from analyzers.task import Task
-from analyzers.trace import Event, Token
+from analyzers.trace import Event, Note, Token
 
 CARD = Card(
     "Read a text",
     family="decoding",
     source="Hale 2001, A Probabilistic Earley Parser as a Psycholinguistic Model",
-    emits=(Token,),
+    emits=(Token, Note),
     needs=("logits",),
     starts_as="raw",
 )
@@ -35,9 +35,16 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
 
     Raises: OutOfContext with both lengths.
     """
+    ids = engine.encode(task)
+    if isinstance(task.prompt, str) and engine.vocabulary.decode(ids) != task.prompt + task.prefix:
+        yield Note(
+            "warning",
+            "The text is not read as it stands: the tokenizer changed or dropped some characters, "
+            "or took them for special tokens.",
+        )
     cursor = engine.start()
     ctx.cursors.append(cursor)
-    for id, step in engine.read(cursor, engine.encode(task)):
+    for id, step in engine.read(cursor, ids):
         if step is None:
             yield first_token(engine, id)
         else:

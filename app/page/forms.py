@@ -49,7 +49,8 @@ def widget(row: Knob) -> gr.components.Component:
 
 def _slider(row: Knob, common: dict[str, Any]) -> gr.components.Component:
     step = 1 if row.kind is int else 0.01
-    return gr.Slider(row.lo or 0, row.hi or 1, step=step, **common)
+    assert row.lo is not None and row.hi is not None, f"{row.name} has no range"
+    return gr.Slider(row.lo, row.hi, step=step, **common)
 
 
 def _text(row: Knob, common: dict[str, Any]) -> gr.components.Component:

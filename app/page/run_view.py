@@ -11,7 +11,7 @@ from analyzers.errors import BadInput, CandorError
 from analyzers.trace import Event, RunStarted, Token, surviving, text_of
 from app.command import as_command
 from app.page.context import PageContext
-from app.page.widgets import QUIET, chart, chosen, view, words
+from app.page.widgets import QUIET, chart, chosen, growing, view, words
 from app.runner import UPDATE_SECONDS, Fork, Job, Run, Update
 from visualizations import curve, legend, panel, status, summary, tokens
 from visualizations.signals import PROBABILITY, SIGNALS
@@ -151,7 +151,7 @@ def build_view(ctx: PageContext, name: str) -> RunView:
                         False, label="Show white space", container=False, min_width=150, scale=0
                     )
                 key = words(legend.render(PROBABILITY))
-                answer = view(elem_id=f"{name}-answer", elem_classes="candor-text")
+                answer = growing(elem_id=f"{name}-answer", elem_classes="candor-text")
                 state = words("", elem_id=f"{name}-state", elem_classes="candor-state")
                 plot = chart(elem_id=f"{name}-curve")
                 with gr.Row(elem_classes="candor-actions"):

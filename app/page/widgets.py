@@ -40,10 +40,39 @@ draw();
 """
 
 
+# Gradio would parse the whole text again at every update; here only what is new is. It stands in a
+# block of its own before the listeners', so that they find the text drawn.
+_GROW = """
+{
+  const box = element.querySelector('.grown');
+  let drawn = '';
+  const draw = () => {
+    const value = props.value || '';
+    if (value.startsWith(drawn)) box.insertAdjacentHTML('beforeend', value.slice(drawn.length));
+    else box.innerHTML = value;
+    drawn = value;
+  };
+  watch('value', draw);
+  draw();
+}
+"""
+
+
 def view(value: str = "", **kwargs: Any) -> gr.HTML:
     """HTML of our own making, with one delegated listener; its `select` brings what was clicked:
     {pos}, {pos, fork}, {turn}, {run} or {picked}."""
     return gr.HTML(value, js_on_load=js(), apply_default_css=False, **kwargs)
+
+
+def growing(**kwargs: Any) -> gr.HTML:
+    """A view whose HTML mostly grows at its end: the text of a run."""
+    return gr.HTML(
+        "",
+        html_template='<div class="grown"></div>',
+        js_on_load=_GROW + js(),
+        apply_default_css=False,
+        **kwargs,
+    )
 
 
 def words(value: str = "", **kwargs: Any) -> gr.HTML:
