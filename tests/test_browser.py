@@ -122,6 +122,9 @@ def test_an_answer_streams_with_its_confidence_and_is_kept(page, served):
     for i, token in enumerate(written[:5]):
         assert tokens(page).nth(i).get_attribute("data-i") == str(token.pos)
     expect(page.locator("#generate-state")).to_contain_text("seed 7")
+    page.locator("#seed").locator("input, textarea").fill("")
+    page.locator("#again").click()
+    expect(page.locator("#seed").locator("input, textarea")).to_have_value("7")
     expect(page.locator("#generate-summary")).to_contain_text("perplexity")
     expect(page.locator("#generate-curve .main-svg").first).to_be_visible()
 
@@ -309,7 +312,16 @@ def test_history_searches_opens_replays_exports_and_deletes(page, served, tmp_pa
         expect(tokens(page, "history")).to_have_count(len(surviving(events)))
     finally:
         ctx.runner.engine = engine
-    page.locator("#runs [data-pick]").check()
+    expect(page.locator("#history-asked")).to_contain_text("Zanzibar is an island.")
+    tokens(page, "history").nth(2).click()
+    page.locator("#history-panel [data-fork]").first.click()
+    expect(tokens(page, "history").nth(2)).to_have_class(re.compile("o-forced"))
+    expect(page.locator("#history-state")).to_contain_text("Done")
+    assert newest(ctx)[0].parent == kept.id
+    page.locator("#search").locator("input, textarea").fill("")
+    page.locator("#search").locator("input, textarea").fill("zanzibar")
+    expect(page.locator("#runs [data-run]")).to_have_count(2)
+    page.locator(f'#runs [data-pick="{kept.id}"]').check()
     page.locator("#export").click()
     with page.expect_download() as download:
         page.locator("#exported a").first.click()
@@ -319,7 +331,7 @@ def test_history_searches_opens_replays_exports_and_deletes(page, served, tmp_pa
     page.locator("#delete").click()
     page.locator("#yes").click()
     expect(page.locator("#history-said")).to_contain_text("deleted")
-    assert ctx.store.count("zanzibar") == 0
+    assert ctx.store.count("zanzibar") == 1
     page.get_by_test_id("Import-upload-button").set_input_files(saved)
     expect(page.locator("#history-said")).to_contain_text("imported")
     assert [s.event for s in ctx.store.events(kept.id)] == events

@@ -11,8 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyzers.trace import Event, Note, Rewind, RunEnded, Token, surviving
-from visualizations import assets, curve, history, legend, panel, summary, tokens, turns
+from analyzers.trace import Event, Note, Rewind, RunEnded, RunStarted, Token, surviving
+from visualizations import (
+    assets,
+    curve,
+    header,
+    history,
+    legend,
+    panel,
+    status,
+    summary,
+    tokens,
+    turns,
+)
 from visualizations.signals import PROBABILITY, SIGNALS
 from visualizations.text import duration, escape, human_size, number, percent
 
@@ -530,3 +541,34 @@ def test_script_selects_moves_and_survives_rendering():
         )
         assert page.locator(".sel").text_content() == "The"
         browser.close()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_prompt_state_and_model_stay_text(text: str):
+    chat = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": text})
+    for prompt in (chat, text):
+        started = RunStarted("sampling", {}, prompt, None, {}, 0, prefix=text)
+        seen = check(turns.asked([started]), {"dl", "div", "dt", "dd"}, {"class", "dir"})
+        assert seen.text.count(shown(text)) == 2
+        ended = [started, Note("warning", text), RunEnded("failed", text)]
+        seen = check(
+            status.ended(ended, text, text) + status.doing(text, 0.5) + status.problem(text),
+            {"p", "span", "u"},
+            {"class", "role", "title", "style"},
+        )
+        assert seen.text.count(shown(text)) >= 4
+    facts = dict.fromkeys(("name", "quantization", "dtype", "device"), text)
+    check(
+        header.render({**facts, "memory": 1, "context": 1}),
+        {"header", "span", "b", "i", "button"},
+        {"class", "type", "title", "aria-label", "onclick"},
+    )
+    assert turns.asked([]) == ""
+
+
+def test_state_says_how_far_and_how_it_ended():
+    assert "2 runs are before yours" in status.waiting(2)
+    assert "10 tokens · 5.0 tokens/s · seed 3" in status.writing(10, 2.0, 3)
+    assert "Interrupted" in status.ended([], "01K")
+    done = status.ended([RunEnded("done", "end token", 4, 4, 2.0)], "01KABCDEFGHIJ")
+    assert "Done: end token · 4 tokens in 2.00 s, 2.0 a second" in done and "01KABCDEFG…" in done

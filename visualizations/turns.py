@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from analyzers.trace import Turn
-from visualizations.text import escape
+from analyzers.trace import Event, RunStarted, Turn
+from visualizations.text import clipped, escape
 
 _ROLES = {"system": "System", "user": "You", "assistant": "Model"}
 _SHORT_CHARS, _SHORT_LINES = 600, 8
@@ -15,6 +15,25 @@ def render(turns: Iterable[Turn], editable: bool = True) -> str:
     """data-turn counts from 0 in `turns`. Long texts unfold; the HTML of none is empty."""
     parts = [_turn(i, turn, editable) for i, turn in enumerate(turns)]
     return f'<ol class="candor candor-turns">{"".join(parts)}</ol>' if parts else ""
+
+
+def asked(events: Iterable[Event]) -> str:
+    """What a run was asked, above its answer: the turns or the text, and the begun answer."""
+    started = next((event for event in events if isinstance(event, RunStarted)), None)
+    if started is None:
+        return ""
+    prompt = started.prompt
+    said: list[Turn] = (
+        [{"role": "text", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    )
+    if started.prefix:
+        said = [*said, {"role": "begun answer", "content": started.prefix}]
+    lines = (
+        f"<div><dt>{escape(_ROLES.get(turn['role'], turn['role'].capitalize()))}</dt>"
+        f'<dd dir="auto">{escape(clipped(turn["content"], _SHORT_CHARS))}</dd></div>'
+        for turn in said
+    )
+    return f'<dl class="candor-asked">{"".join(lines)}</dl>'
 
 
 def _turn(index: int, turn: Turn, editable: bool) -> str:

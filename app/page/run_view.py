@@ -13,7 +13,7 @@ from app.command import as_command
 from app.page.context import PageContext
 from app.page.widgets import QUIET, chart, chosen, growing, view, words
 from app.runner import UPDATE_SECONDS, Fork, Job, Run, Update
-from visualizations import curve, legend, panel, status, summary, tokens
+from visualizations import curve, legend, panel, status, summary, tokens, turns
 from visualizations.signals import PROBABILITY, SIGNALS
 
 COPY = "(text) => window.candorCopy(text)"
@@ -31,10 +31,12 @@ Outputs = dict[gr.components.Component, Any]
 
 @dataclass(frozen=True)
 class RunView:
-    """The widgets of one view, and what fills them. `run_id` is the run it shows, per visitor."""
+    """The widgets of one view, and what fills them. `run_id` is the run it shows, per visitor;
+    `asked` tells the prompt of a stored run (a live one has it in the form beside)."""
 
     ctx: PageContext
     run_id: gr.State
+    asked: gr.HTML
     answer: gr.HTML
     state: gr.HTML
     curve: gr.HTML
@@ -44,9 +46,10 @@ class RunView:
 
     @property
     def outputs(self) -> list[gr.components.Component]:
-        return [self.run_id, self.answer, self.state, self.curve, self.summary, self.panel]
+        beside = [self.state, self.curve, self.summary, self.panel]
+        return [self.run_id, self.asked, self.answer, *beside]
 
-    def run(self, ask: Callable[[], Run], request: gr.Request) -> Iterator[Outputs]:
+    def run(self, ask: Callable[[], Run], request: gr.Request, signal: str) -> Iterator[Outputs]:
         """Ask for a run and show it while it goes on; one run a visitor at a time. What cannot be
         done becomes a sentence in the state line, and nothing else changes."""
         session = request.session_hash or ""
@@ -59,17 +62,19 @@ class RunView:
             yield {self.state: status.problem(str(error))}
             return
         active[session] = run
-        yield from self._follow(run)
+        yield from self._follow(run, signal)
         active.pop(session, None)
 
-    def fork(self, run_id: str, event: gr.EventData, request: gr.Request) -> Iterator[Outputs]:
+    def fork(
+        self, run_id: str, signal: str, event: gr.EventData, request: gr.Request
+    ) -> Iterator[Outputs]:
         """Continue the shown run with the alternative that was clicked, as a new run."""
         at = chosen(event)
         if "fork" in at:
             job = fork_job(self.ctx, run_id, at["pos"], at["fork"])
-            yield from self.run(lambda: self.ctx.runner.submit(job), request)
+            yield from self.run(lambda: self.ctx.runner.submit(job), request, signal)
 
-    def _follow(self, run: Run) -> Iterator[Outputs]:
+    def _follow(self, run: Run, signal: str) -> Iterator[Outputs]:
         text = tokens.TokenView()
         yield self._blank() | {self.state: status.waiting(0), self.answer: _text("", live=True)}
         try:
@@ -83,16 +88,13 @@ class RunView:
             yield {self.state: status.problem(str(error)), self.answer: _text(live=False)}
             return
         yield {self.answer: _text(live=False)}
-        yield self.whole([stamped.event for stamped in run.events], run.id)
+        yield self._whole([stamped.event for stamped in run.events], run.id, signal)
 
     def show(self, run_id: str, signal: str) -> Outputs:
         """A finished run, at once. Raises: RunNotFound."""
         events = [stamped.event for stamped in self.ctx.runner.events(run_id)]
-        return (
-            self._blank()
-            | {self.answer: tokens.render(events)}
-            | self.whole(events, run_id, signal)
-        )
+        drawn = {self.asked: turns.asked(events), self.answer: tokens.render(events)}
+        return self._blank() | drawn | self._whole(events, run_id, signal)
 
     def replay(
         self, run_id: str, speed: float, going_on: Callable[[], bool], signal: str
@@ -100,7 +102,8 @@ class RunView:
         """The recorded run token by token, `speed` times as fast as it was; needs no model."""
         stamped = self.ctx.runner.events(run_id)
         text, began, shown = tokens.TokenView(), time.monotonic(), 0
-        yield self._blank() | {self.run_id: run_id}
+        asked = turns.asked([each.event for each in stamped])
+        yield self._blank() | {self.run_id: run_id, self.asked: asked}
         while shown < len(stamped) and going_on():
             now = (time.monotonic() - began) * speed
             due = [each for each in stamped[shown:] if each.t <= now]
@@ -112,9 +115,7 @@ class RunView:
             time.sleep(UPDATE_SECONDS)
         yield self.show(run_id, signal)
 
-    def whole(
-        self, events: Sequence[Event], run_id: str, signal: str = PROBABILITY.name
-    ) -> Outputs:
+    def _whole(self, events: Sequence[Event], run_id: str, signal: str) -> Outputs:
         """What stands beside the text when a run has ended."""
         return {
             self.run_id: run_id,
@@ -125,6 +126,7 @@ class RunView:
 
     def _blank(self) -> Outputs:
         return {
+            self.asked: "",
             self.answer: "",
             self.curve: "",
             self.summary: summary.render(summary.summarize([])),
@@ -151,6 +153,7 @@ def build_view(ctx: PageContext, name: str) -> RunView:
                         False, label="Show white space", container=False, min_width=150, scale=0
                     )
                 key = words(legend.render(PROBABILITY))
+                asked = words("", elem_id=f"{name}-asked")
                 answer = growing(elem_id=f"{name}-answer", elem_classes="candor-text")
                 state = words("", elem_id=f"{name}-state", elem_classes="candor-state")
                 plot = chart(elem_id=f"{name}-curve")
@@ -162,7 +165,7 @@ def build_view(ctx: PageContext, name: str) -> RunView:
             opened = view(panel.empty(), elem_id=f"{name}-panel")
     run_id = gr.State("")
     clip = gr.Textbox(visible=False)
-    made = RunView(ctx, run_id, answer, state, plot, numbers, opened, signal)
+    made = RunView(ctx, run_id, asked, answer, state, plot, numbers, opened, signal)
 
     def recolour(run_id: str, chosen_signal: str) -> tuple[str, str]:
         events = _events(ctx, run_id)

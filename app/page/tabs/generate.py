@@ -17,180 +17,218 @@ from app.runner import Job, Run
 from visualizations import status, turns
 from visualizations.text import escape
 
+FIRST_METHOD = "sampling"
 FIRST_PROMPT = "What is the capital of Kenya, and since when?"
 
 
 def build(ctx: PageContext) -> None:
-    methods = {
-        name: method
-        for name, method in registry.methods().items()
-        if method.card.family == "decoding"
-    }
-    first = "sampling"
     with gr.Row(elem_classes="candor-page"):
+        GenerateTab(ctx)
+
+
+class GenerateTab:
+    """The widgets of the tab, and what they do. `earlier` holds a visitor's earlier turns."""
+
+    def __init__(self, ctx: PageContext) -> None:
+        self.ctx = ctx
+        self.methods = {
+            name: method
+            for name, method in registry.methods().items()
+            if method.card.family == "decoding"
+        }
         with gr.Column(scale=2, min_width=280, elem_classes="candor-left"):
             with gr.Column(elem_classes="candor-card"):
-                mode = gr.Radio(
-                    [("Chat", "chat"), ("Text", "raw")],
-                    value="chat",
-                    label="Kind of prompt",
-                    show_label=False,
-                    container=False,
-                    elem_classes="candor-seg",
-                    elem_id="mode",
-                )
-                talk = view(elem_id="talk")
-                with gr.Accordion("System prompt", open=False) as system_box:
-                    system = gr.Textbox(
-                        value="",
-                        show_label=False,
-                        label="System prompt",
-                        placeholder="How the model should behave (empty: the model's own default)",
-                        lines=2,
-                        container=False,
-                        elem_id="system",
-                    )
-                prompt = gr.Textbox(
-                    FIRST_PROMPT,
-                    label="Prompt (Ctrl + Enter runs)",
-                    lines=3,
-                    max_lines=12,
-                    elem_id="prompt",
-                )
-                with gr.Accordion("Begin the answer", open=False):
-                    prefix = gr.Textbox(
-                        value="",
-                        show_label=False,
-                        label="Beginning of the answer",
-                        placeholder="The model goes on from here",
-                        container=False,
-                        elem_id="prefix",
-                    )
-                with gr.Row():
-                    go = gr.Button("Run", variant="primary", elem_id="run", min_width=80)
-                    stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
-                words(
-                    '<p class="candor-hint">Grey: Stop while nothing runs, Continue before an '
-                    "answer.</p>"
-                )
-                method = gr.Dropdown(
-                    [(each.card.title, name) for name, each in methods.items()],
-                    value=first,
-                    label="Method",
-                    elem_id="method",
-                )
-                about = words(_about(methods[first]))
-                forms = [build_form(each, name == first) for name, each in methods.items()]
-                with gr.Row(elem_classes="candor-seed"):
-                    seed = gr.Textbox(
-                        value="",
-                        label="Seed",
-                        placeholder="new each run",
-                        elem_id="seed",
-                        scale=2,
-                        min_width=120,
-                    )
-                    again = gr.Button("Use last", size="sm", scale=1, min_width=80)
-            more = gr.Button(
+                self._draw_prompt()
+                self._draw_buttons()
+                self._draw_method()
+            self.more = gr.Button(
                 "Continue this conversation", size="sm", interactive=False, elem_id="continue"
             )
         with gr.Column(scale=7, min_width=340):
-            shown = build_view(ctx, "generate")
-    earlier: gr.State = gr.State(())
+            self.shown = build_view(ctx, "generate")
+        self.earlier = gr.State(())
+        self._listen()
 
-    fields: set[Any] = {mode, system, prompt, prefix, method, seed, earlier, shown.run_id}
-    inputs = fields | {widget for form in forms for widget in form.widgets.values()}
+    # What is seen
 
-    def start(given: Mapping[Any, Any], request: gr.Request) -> Iterator[Outputs]:
+    def _draw_prompt(self) -> None:
+        self.mode = gr.Radio(
+            [("Chat", "chat"), ("Text", "raw")],
+            value="chat",
+            label="Kind of prompt",
+            show_label=False,
+            container=False,
+            elem_classes="candor-seg",
+            elem_id="mode",
+        )
+        self.talk = view(elem_id="talk")
+        with gr.Accordion("System prompt", open=False) as self.system_box:
+            self.system = gr.Textbox(
+                "",
+                show_label=False,
+                label="System prompt",
+                placeholder="How the model should behave (empty: the model's own default)",
+                lines=2,
+                container=False,
+                elem_id="system",
+            )
+        self.prompt = gr.Textbox(
+            FIRST_PROMPT,
+            label="Prompt (Ctrl + Enter runs)",
+            lines=3,
+            max_lines=12,
+            elem_id="prompt",
+        )
+        with gr.Accordion("Begin the answer", open=False):
+            self.prefix = gr.Textbox(
+                "",
+                show_label=False,
+                label="Beginning of the answer",
+                placeholder="The model goes on from here",
+                container=False,
+                elem_id="prefix",
+            )
+
+    def _draw_buttons(self) -> None:
+        with gr.Row():
+            self.go = gr.Button("Run", variant="primary", elem_id="run", min_width=80)
+            self.halt = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
+        words(
+            '<p class="candor-hint">Grey: Stop while nothing runs, Continue before an answer.</p>'
+        )
+
+    def _draw_method(self) -> None:
+        self.method = gr.Dropdown(
+            [(each.card.title, name) for name, each in self.methods.items()],
+            value=FIRST_METHOD,
+            label="Method",
+            elem_id="method",
+        )
+        self.about = words(_about(self.methods[FIRST_METHOD]))
+        self.forms = [build_form(each, name == FIRST_METHOD) for name, each in self.methods.items()]
+        with gr.Row(elem_classes="candor-seed"):
+            self.seed = gr.Textbox(
+                "",
+                label="Seed",
+                placeholder="new each run",
+                elem_id="seed",
+                scale=2,
+                min_width=120,
+            )
+            self.again = gr.Button("Use last", size="sm", scale=1, min_width=80, elem_id="again")
+
+    def _listen(self) -> None:
+        shown = self.shown
+        fields: set[Any] = {self.mode, self.system, self.prompt, self.prefix, self.method}
+        fields |= {self.seed, self.earlier, shown.run_id, shown.signal}
+        fields |= {widget for form in self.forms for widget in form.widgets.values()}
+        outputs = [*shown.outputs, self.go, self.halt, self.more]
+        self.go.click(self.start, fields, outputs, api_name="generate", **ENGINE)
+        shown.panel.select(
+            self.fork, [shown.run_id, shown.signal], outputs, api_visibility="private", **ENGINE
+        )
+        self.halt.click(self.stop, None, None, **QUIET)
+        self.more.click(
+            self.carry_on,
+            [shown.run_id],
+            [self.earlier, self.talk, self.prompt, self.prefix, self.more, shown.state],
+            **QUIET,
+        )
+        self.talk.select(
+            self.edit, [self.earlier], [self.earlier, self.talk, self.prompt, self.prefix], **QUIET
+        )
+        groups = [form.group for form in self.forms]
+        self.method.change(
+            self.pick_method, [self.method], [self.about, self.mode, *groups], **QUIET
+        )
+        self.mode.change(self.pick_mode, [self.mode], [self.system_box, self.talk], **QUIET)
+        self.again.click(self.last_seed, [shown.run_id], [self.seed], **QUIET)
+
+    # What happens
+
+    def start(self, given: Mapping[Any, Any], request: gr.Request) -> Iterator[Outputs]:
         def ask() -> Run:
-            form = next(form for form in forms if form.method.name == given[method])
-            task = _task(given[mode], given[prompt], given[system], given[prefix], given[earlier])
-            return ctx.runner.submit(
+            form = next(form for form in self.forms if form.method.name == given[self.method])
+            return self.ctx.runner.submit(
                 Job(
                     form.method.name,
-                    task,
+                    self._task(given),
                     form.values(given),
-                    seed=_seed(given[seed]),
-                    model=ctx.model,
+                    seed=_seed(given[self.seed]),
+                    model=self.ctx.model,
                     owner=request.username or "",
                 )
             )
 
-        yield from with_buttons(shown.run(ask, request), given[shown.run_id])
+        updates = self.shown.run(ask, request, given[self.shown.signal])
+        yield from self._with_buttons(updates, given[self.shown.run_id])
 
-    def fork(run_id: str, event: gr.EventData, request: gr.Request) -> Iterator[Outputs]:
+    def fork(
+        self, run_id: str, signal: str, event: gr.EventData, request: gr.Request
+    ) -> Iterator[Outputs]:
         if "fork" in chosen(event):
-            yield from with_buttons(shown.fork(run_id, event, request), run_id)
+            updates = self.shown.fork(run_id, signal, event, request)
+            yield from self._with_buttons(updates, run_id)
 
-    def with_buttons(updates: Iterator[Outputs], run_id: str) -> Iterator[Outputs]:
-        """The buttons that fit: while a run goes on, and afterwards. run_id: what was shown."""
-        yield buttons(going=True)
-        for update in updates:
-            run_id = update.get(shown.run_id, run_id)
-            yield update
-        yield buttons(going=False, can_continue=bool(run_id))
+    def stop(self, request: gr.Request) -> None:
+        self.ctx.stop(request.session_hash, "stopped by you")
 
-    def buttons(going: bool, can_continue: bool = False) -> Outputs:
-        return {
-            go: gr.Button(interactive=not going),
-            stop: gr.Button(interactive=going),
-            more: gr.Button(interactive=can_continue),
-        }
-
-    def halt(request: gr.Request) -> None:
-        ctx.stop(request.session_hash, "stopped by you")
-
-    def carry_on(run_id: str) -> Outputs:
+    def carry_on(self, run_id: str) -> Outputs:
         """The run becomes the earlier turns; the prompt is free for the next question."""
-        events = [stamped.event for stamped in ctx.runner.events(run_id)]
+        events = [stamped.event for stamped in self.ctx.runner.events(run_id)]
         started = next(event for event in events if isinstance(event, RunStarted))
         if isinstance(started.prompt, str):
-            return {shown.state: status.problem("Only a chat can be continued, not raw text.")}
+            return {self.shown.state: status.problem("Only a chat can be continued, not raw text.")}
         said = {"role": "assistant", "content": started.prefix + text_of(events)}
         past = tuple(turn for turn in started.prompt if turn["role"] != "system")
-        return _talk((*past, said)) | {prompt: "", prefix: "", more: gr.Button(interactive=False)}
+        rest = {self.prompt: "", self.prefix: "", self.more: gr.Button(interactive=False)}
+        return self._earlier((*past, said)) | rest
 
-    def edit(past: tuple[Turn, ...], event: gr.EventData) -> Outputs:
+    def edit(self, past: tuple[Turn, ...], event: gr.EventData) -> Outputs:
         """A user turn returns to the prompt, an answer to its beginning; what followed goes."""
         at = chosen(event)["turn"]
         turn = past[at]
         if turn["role"] == "user":
-            return _talk(past[:at]) | {prompt: turn["content"], prefix: ""}
-        return _talk(past[: at - 1]) | {prompt: past[at - 1]["content"], prefix: turn["content"]}
+            return self._earlier(past[:at]) | {self.prompt: turn["content"], self.prefix: ""}
+        asked = past[at - 1]["content"]
+        return self._earlier(past[: at - 1]) | {self.prompt: asked, self.prefix: turn["content"]}
 
-    def _talk(past: tuple[Turn, ...]) -> Outputs:
-        return {earlier: past, talk: turns.render(past)}
-
-    def pick_method(name: str) -> list[Any]:
-        picked = methods[name]
-        groups = [gr.Column(visible=form.method.name == name) for form in forms]
+    def pick_method(self, name: str) -> list[Any]:
+        picked = self.methods[name]
+        groups = [gr.Column(visible=form.method.name == name) for form in self.forms]
         return [_about(picked), picked.card.starts_as, *groups]
 
-    def pick_mode(kind: str) -> list[Any]:
+    def pick_mode(self, kind: str) -> list[Any]:
         is_chat = kind == "chat"
         return [gr.Accordion(visible=is_chat), gr.HTML(visible=is_chat)]
 
-    def last_seed(run_id: str) -> str:
-        events = ctx.runner.events(run_id) if run_id else []
+    def last_seed(self, run_id: str) -> str:
+        events = self.ctx.runner.events(run_id) if run_id else []
         return next((str(s.event.seed) for s in events if isinstance(s.event, RunStarted)), "")
 
-    outputs = [*shown.outputs, go, stop, more]
-    go.click(start, inputs, outputs, api_name="generate", **ENGINE)
-    shown.panel.select(fork, [shown.run_id], outputs, api_visibility="private", **ENGINE)
-    stop.click(halt, None, None, **QUIET)
-    more.click(
-        carry_on, [shown.run_id], [earlier, talk, prompt, prefix, more, shown.state], **QUIET
-    )
-    talk.select(edit, [earlier], [earlier, talk, prompt, prefix], **QUIET)
-    method.change(pick_method, [method], [about, mode, *(form.group for form in forms)], **QUIET)
-    mode.change(pick_mode, [mode], [system_box, talk], **QUIET)
-    again.click(last_seed, [shown.run_id], [seed], **QUIET)
+    def _task(self, given: Mapping[Any, Any]) -> Task:
+        prompt, prefix = given[self.prompt], given[self.prefix]
+        if given[self.mode] == "raw":
+            return Task(prompt, prefix=prefix)
+        return Task(chat(prompt, given[self.system], given[self.earlier]), prefix=prefix)
 
+    def _earlier(self, past: tuple[Turn, ...]) -> Outputs:
+        return {self.earlier: past, self.talk: turns.render(past)}
 
-def _task(mode: str, prompt: str, system: str, prefix: str, earlier: tuple[Turn, ...]) -> Task:
-    if mode == "raw":
-        return Task(prompt, prefix=prefix)
-    return Task(chat(prompt, system, earlier), prefix=prefix)
+    def _with_buttons(self, updates: Iterator[Outputs], run_id: str) -> Iterator[Outputs]:
+        """The buttons that fit: while a run goes on, and afterwards. run_id: what was shown."""
+        yield self._buttons(going=True)
+        for update in updates:
+            run_id = update.get(self.shown.run_id, run_id)
+            yield update
+        yield self._buttons(going=False, can_continue=bool(run_id))
+
+    def _buttons(self, going: bool, can_continue: bool = False) -> Outputs:
+        return {
+            self.go: gr.Button(interactive=not going),
+            self.halt: gr.Button(interactive=going),
+            self.more: gr.Button(interactive=can_continue),
+        }
 
 
 def _seed(given: str | None) -> int | None:

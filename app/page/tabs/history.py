@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import gradio as gr
@@ -18,135 +17,166 @@ from visualizations.text import counted, human_size
 
 SHOWN_RUNS = 100
 SPEEDS = [("1 ×", 1.0), ("4 ×", 4.0), ("16 ×", 16.0)]
+Picked = tuple[str, ...]
+"""Ids of the ticked runs."""
 
 
 def build(ctx: PageContext, tab: gr.Tab) -> None:
     with gr.Row(elem_classes="candor-page"):
-        with gr.Column(scale=4, min_width=340, elem_classes="candor-left"):
-            with gr.Column(elem_classes="candor-card"):
-                search = gr.Textbox(
-                    "",
-                    show_label=False,
-                    label="Search",
-                    placeholder="Search prompts and answers",
-                    container=False,
-                    elem_id="search",
-                )
-                disk = words("", elem_id="disk")
-                rows = view("", elem_id="runs")
-                with gr.Row(elem_classes="candor-actions"):
-                    export = gr.Button("Export ticked", size="sm", elem_id="export")
-                    load = gr.UploadButton(
-                        "Import", size="sm", file_types=[".jsonl"], elem_id="import"
-                    )
-                    delete = gr.Button("Delete ticked", size="sm", elem_id="delete")
-                file = gr.File(label="Exported runs", visible=False, elem_id="exported")
-                said = words("", elem_id="history-said")
-                with gr.Row(visible=False, elem_classes="candor-actions") as sure:
-                    yes = gr.Button("Yes, delete them", variant="stop", size="sm", elem_id="yes")
-                    no = gr.Button("Keep them", size="sm")
-        with gr.Column(scale=8, min_width=340):
-            with gr.Row(elem_classes="candor-bar candor-replay"):
-                replay = gr.Button("Replay", size="sm", elem_id="replay", scale=0, min_width=90)
-                speed = gr.Radio(
-                    SPEEDS,
-                    value=4.0,
-                    label="Speed",
-                    show_label=False,
-                    container=False,
-                    elem_classes="candor-seg",
-                )
-                halt = gr.Button("Stop", size="sm", scale=0, min_width=70, elem_id="replay-stop")
-            shown = build_view(ctx, "history")
-    picked: gr.State = gr.State(())
-    replaying: dict[str, float] = {}
+        HistoryTab(ctx, tab)
 
-    def listed(query: str, ticked: tuple[str, ...]) -> list[Any]:
-        found = ctx.store.runs(query, limit=SHOWN_RUNS)
-        total = ctx.store.count(query)
+
+class HistoryTab:
+    """The widgets of the tab, and what they do. `replaying`: session -> the replay it watches."""
+
+    def __init__(self, ctx: PageContext, tab: gr.Tab) -> None:
+        self.ctx = ctx
+        self.replaying: dict[str, float] = {}
+        with (
+            gr.Column(scale=3, min_width=340, elem_classes="candor-left"),
+            gr.Column(elem_classes="candor-card"),
+        ):
+            self._draw_list()
+        with gr.Column(scale=9, min_width=340):
+            self._draw_replay()
+            self.shown = build_view(ctx, "history")
+        self.picked = gr.State(())
+        self._listen(tab)
+
+    # What is seen
+
+    def _draw_list(self) -> None:
+        self.search = gr.Textbox(
+            "",
+            show_label=False,
+            label="Search",
+            placeholder="Search prompts and answers",
+            container=False,
+            elem_id="search",
+        )
+        self.disk = words("", elem_id="disk")
+        self.rows = view("", elem_id="runs")
+        with gr.Row(elem_classes="candor-actions"):
+            self.export = gr.Button("Export ticked", size="sm", elem_id="export")
+            self.load = gr.UploadButton(
+                "Import", size="sm", file_types=[".jsonl"], elem_id="import"
+            )
+            self.delete = gr.Button("Delete ticked", size="sm", elem_id="delete")
+        self.file = gr.File(label="Exported runs", visible=False, elem_id="exported")
+        self.said = words("", elem_id="history-said")
+        with gr.Row(visible=False, elem_classes="candor-actions") as self.sure:
+            self.yes = gr.Button("Yes, delete", variant="stop", size="sm", elem_id="yes")
+            self.no = gr.Button("Keep", size="sm")
+
+    def _draw_replay(self) -> None:
+        with gr.Row(elem_classes="candor-bar candor-replay"):
+            self.replay = gr.Button("Replay", size="sm", elem_id="replay", scale=0, min_width=90)
+            self.speed = gr.Radio(
+                SPEEDS,
+                value=4.0,
+                label="Speed",
+                show_label=False,
+                container=False,
+                elem_classes="candor-seg",
+            )
+            self.halt = gr.Button("Stop", size="sm", scale=0, min_width=70, elem_id="replay-stop")
+
+    def _listen(self, tab: gr.Tab) -> None:
+        shown, asked = self.shown, [self.search, self.picked]
+        listed = [self.disk, self.rows]
+        tab.select(self.find, asked, listed, **QUIET)
+        self.search.change(self.find, asked, listed, trigger_mode="always_last", **QUIET)
+        self.rows.select(self.choose, [shown.signal], [self.picked, *shown.outputs], **QUIET)
+        self.replay.click(
+            self.play, [shown.run_id, self.speed, shown.signal], shown.outputs, **QUIET
+        )
+        self.halt.click(self.stop, None, None, **QUIET)
+        shown.panel.select(
+            shown.fork,
+            [shown.run_id, shown.signal],
+            shown.outputs,
+            api_visibility="private",
+            **ENGINE,
+        )
+        self.export.click(self.write, [self.picked], [self.file, self.said], **QUIET)
+        self.load.upload(self.read, [self.load], [self.said], **QUIET).then(
+            self.find, asked, listed, **QUIET
+        )
+        self.delete.click(self.ask, [self.picked], [self.sure, self.said], **QUIET)
+        self.yes.click(
+            self.remove, [self.picked], [self.sure, self.said, self.picked], **QUIET
+        ).then(self.find, asked, listed, **QUIET)
+        self.no.click(lambda: [gr.Row(visible=False), ""], None, [self.sure, self.said], **QUIET)
+
+    # What happens
+
+    def find(self, query: str, picked: Picked) -> list[str]:
+        found = self.ctx.store.runs(query, limit=SHOWN_RUNS)
+        total = self.ctx.store.count(query)
         rest = f" · the newest {len(found)} shown" if total > len(found) else ""
-        about = f"{counted(total, 'run')}{rest} · {human_size(ctx.store.size())} on disk"
+        disk = human_size(self.ctx.store.size())
+        rows = [vars(run) | {"when": run.created, "prompt": run.prompt_text} for run in found]
         return [
-            f'<p class="candor-hint">{about}</p>',
-            history.render([_row(run) for run in found], ticked, query),
+            _said(f"{counted(total, 'run')}{rest} · {disk} on disk"),
+            history.render(rows, picked, query),
         ]
 
-    def act(run_id: str, signal: str, event: gr.EventData, request: gr.Request) -> Outputs:
+    def choose(self, signal: str, event: gr.EventData, request: gr.Request) -> Outputs:
+        """A box was ticked, or a run is to be opened."""
         at = chosen(event)
         if "picked" in at:
-            return {picked: tuple(at["picked"])}
-        replaying.pop(request.session_hash or "", None)
+            return {self.picked: tuple(at["picked"])}
+        self.replaying.pop(request.session_hash or "", None)
         try:
-            return shown.show(at["run"], signal)
+            return self.shown.show(at["run"], signal)
         except CandorError as error:
-            return {shown.state: status.problem(str(error))}
+            return {self.shown.state: status.problem(str(error))}
 
-    def play(run_id: str, speed: float, signal: str, request: gr.Request) -> Iterator[Outputs]:
+    def play(
+        self, run_id: str, speed: float, signal: str, request: gr.Request
+    ) -> Iterator[Outputs]:
         if not run_id:
-            yield {shown.state: status.problem("Open a run first, then replay it.")}
+            yield {self.shown.state: status.problem("Open a run first, then replay it.")}
             return
         session, mine = request.session_hash or "", time.monotonic()
-        replaying[session] = mine
-        yield from shown.replay(run_id, speed, lambda: replaying.get(session) == mine, signal)
+        self.replaying[session] = mine
+        yield from self.shown.replay(
+            run_id, speed, lambda: self.replaying.get(session) == mine, signal
+        )
 
-    def halt_all(request: gr.Request) -> None:
-        replaying.pop(request.session_hash or "", None)
-        ctx.stop(request.session_hash, "stopped by you")
+    def stop(self, request: gr.Request) -> None:
+        self.replaying.pop(request.session_hash or "", None)
+        self.ctx.stop(request.session_hash, "stopped by you")
 
-    def write(ticked: tuple[str, ...]) -> list[Any]:
-        if not ticked:
-            return [gr.File(visible=False), status.problem("Tick the runs to export first.")]
-        out = ctx.files / f"candor-{len(ticked)}-{uuid4().hex[:8]}.jsonl"
-        export_jsonl(ctx.store, ticked, out)
-        return [
-            gr.File(str(out), visible=True),
-            _said(f"{counted(len(ticked), 'run')} in the file."),
-        ]
+    def write(self, picked: Picked) -> tuple[gr.File, str]:
+        if not picked:
+            return gr.File(visible=False), status.problem("Tick the runs to export first.")
+        out = self.ctx.files / f"candor-{uuid4().hex[:8]}.jsonl"
+        export_jsonl(self.ctx.store, picked, out)
+        return gr.File(str(out), visible=True), _said(f"{counted(len(picked), 'run')} in the file.")
 
-    def read(path: str) -> str:
+    def read(self, path: str) -> str:
         try:
-            ids = import_jsonl(ctx.store, Path(path))
+            ids = import_jsonl(self.ctx.store, Path(path))
         except CandorError as error:
             return status.problem(str(error))
         return _said(f"{counted(len(ids), 'run')} imported.")
 
-    def ask(ticked: tuple[str, ...]) -> list[Any]:
-        if not ticked:
-            return [gr.Row(visible=False), status.problem("Tick the runs to delete first.")]
-        size = human_size(sum(run.size for run in ctx.store.runs(ids=ticked, limit=len(ticked))))
-        return [
-            gr.Row(visible=True),
-            _said(f"Delete {counted(len(ticked), 'run')}, about {size}? This cannot be undone."),
-        ]
+    def ask(self, picked: Picked) -> tuple[gr.Row, str]:
+        if not picked:
+            return gr.Row(visible=False), status.problem("Tick the runs to delete first.")
+        runs = self.ctx.store.runs(ids=picked, limit=len(picked))
+        size = human_size(sum(run.size for run in runs))
+        question = f"Delete {counted(len(picked), 'run')}, about {size}? This cannot be undone."
+        return gr.Row(visible=True), _said(question)
 
-    def remove(ticked: tuple[str, ...]) -> list[Any]:
+    def remove(self, picked: Picked) -> tuple[gr.Row, str, Picked]:
         try:
-            freed = ctx.store.delete(ticked)
+            freed = self.ctx.store.delete(picked)
         except CandorError as error:
-            return [gr.Row(visible=False), status.problem(str(error)), ticked]
-        said = f"{counted(len(ticked), 'run')} deleted, {human_size(freed)} given back to the disk."
-        return [gr.Row(visible=False), _said(said), ()]
-
-    list_in, list_out = [search, picked], [disk, rows]
-    tab.select(listed, list_in, list_out, **QUIET)
-    search.change(listed, list_in, list_out, trigger_mode="always_last", **QUIET)
-    rows.select(act, [shown.run_id, shown.signal], [picked, *shown.outputs], **QUIET)
-    replay.click(play, [shown.run_id, speed, shown.signal], shown.outputs, **QUIET)
-    halt.click(halt_all, None, None, **QUIET)
-    shown.panel.select(
-        shown.fork, [shown.run_id], shown.outputs, api_visibility="private", **ENGINE
-    )
-    export.click(write, [picked], [file, said], **QUIET)
-    load.upload(read, [load], [said], **QUIET).then(listed, list_in, list_out, **QUIET)
-    delete.click(ask, [picked], [sure, said], **QUIET)
-    yes.click(remove, [picked], [sure, said, picked], **QUIET).then(
-        listed, list_in, list_out, **QUIET
-    )
-    no.click(lambda: [gr.Row(visible=False), ""], None, [sure, said], **QUIET)
-
-
-def _row(run: Any) -> dict[str, Any]:
-    return vars(run) | {"when": run.created, "prompt": run.prompt_text}
+            return gr.Row(visible=False), status.problem(str(error)), picked
+        said = f"{counted(len(picked), 'run')} deleted, {human_size(freed)} given back to the disk."
+        return gr.Row(visible=False), _said(said), ()
 
 
 def _said(text: str) -> str:
