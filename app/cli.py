@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from analyzers.errors import BadInput, CandorError, Stopped
 from analyzers.home import database_path
+from app import doctor
 
 if TYPE_CHECKING:
     from sessions.store import Run as StoredRun
     from sessions.store import Store
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
-DEFAULT_PORT = 7860
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,8 +146,6 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from app import doctor
-
     text, status = doctor.main()
     print(text)
     return status
@@ -182,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
 
     page = command("page", _page, "open the page (what happens without a command)")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on (loopback)")
-    page.add_argument("--port", type=int, default=DEFAULT_PORT)
+    page.add_argument("--port", type=int, default=doctor.PORT)
     page.add_argument("--no-browser", action="store_true", help="do not open a browser")
     _add_model(page)
 

@@ -11,19 +11,12 @@ import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from analyzers.trace import RunEnded, RunStarted, Token, surviving, text_of
+from app.bench.page import FLAGS
 from app.page.context import PageContext
 from app.page.main import application
 from app.runner import ModelChoice, Runner
 from sessions.store import Store
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 LONG = 60_000  # ms; the slowest machine that shall pass needs this for one answer
 expect.set_options(timeout=LONG)
 
@@ -54,7 +47,7 @@ def browser() -> Iterator[Browser]:
     path = shutil.which("chromium")
     assert path, "the browser tests need Chromium: apt-get install chromium"
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        started = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
         yield started
         started.close()
 

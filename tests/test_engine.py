@@ -6,7 +6,7 @@ import torch
 from analyzers.context import Context
 from analyzers.decoding import sampling
 from analyzers.engine import Engine, Filters, draw, token
-from analyzers.errors import BadInput, ModelBroken, OutOfContext, Stopped
+from analyzers.errors import BadInput, ModelBroken, ModelUnfit, OutOfContext, Stopped
 from analyzers.task import Task, chat
 from tests import tiny
 
@@ -307,6 +307,25 @@ def test_logits_that_are_not_finite_fail_the_call():
         engine.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(ModelBroken, match="not finite"):
         engine.step(engine.prefill([1, 2, 3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_half_precisions_load_and_speak_in_float32(family, dtype):
+    """Rounding does not make a fitting model look unfit; signals are float32 all the same."""
+    plain = tiny.engine(family)
+    half = Engine(tiny.model(family).to(dtype), tiny.tokenizer(), plain.identity)
+    step = half.step(half.prefill(ids_of(half)), taps=(half.layers,))
+    assert step.raw.dtype == torch.float32 == half.unembed(step.hidden[half.layers]).dtype
+    assert half.model.dtype == dtype and step.raw.isfinite().all()
+
+
+def test_a_readout_that_is_not_the_models_own_is_refused(monkeypatch):
+    from analyzers.engine.adapters import Parts
+
+    monkeypatch.setattr(Parts, "readout", lambda self, hidden: self.head(hidden))
+    with pytest.raises(ModelUnfit, match="not the readout"):
+        tiny.engine()
 
 
 def test_chat_is_the_models_own_template_and_the_begun_answer_follows(tiny_engine):
