@@ -9,6 +9,7 @@ CandorError                 one clear sentence for the page and the command line
 │   ├── ModelNotFound       no such name, folder or file
 │   ├── ModelUnsafe         only pickled weights, or code that would have to run
 │   ├── ModelBroken         weights that cannot be read, or are not what they should be
+│   ├── ModelTooLarge       it would not fit into the memory there is
 │   ├── ModelUnfit          the architecture does not pass the engine's checks
 │   └── ModelLacks          a method needs what this model cannot do
 ├── StoreError              the database
@@ -53,6 +54,10 @@ class ModelUnsafe(ModelError):
 
 
 class ModelBroken(ModelError):
+    pass
+
+
+class ModelTooLarge(ModelError):
     pass
 
 

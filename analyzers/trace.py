@@ -35,6 +35,8 @@ class RunStarted(Event):
     prompt: chat turns, or the raw text.
     prompt_ids: what the model read before writing, the begun answer included; None where unknown.
     prefix: the beginning of the answer that the user wrote.
+    cost: the table of what passes cost (`Cost.as_mapping`) that the run may have decided by; None
+    where it was not measured yet.
     """
 
     method: str
@@ -44,6 +46,7 @@ class RunStarted(Event):
     params: Mapping[str, Any]
     seed: int
     prefix: str = ""
+    cost: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

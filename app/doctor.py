@@ -156,7 +156,8 @@ def _models() -> Findings:
     for name, model in builtin.MODELS.items():
         if name not in found:
             size = f"{model.download / 1e6:.0f} MB"
-            yield f"{name} is not here yet; its first use downloads {size}", None
+            terms = f"; {model.terms}" if model.terms else ""
+            yield f"{name} is not here yet; its first use downloads {size}{terms}", None
         elif found[name].intact:
             yield f"{name}, {found[name].size / 1e6:.0f} MB, is ready", True
         else:

@@ -1,29 +1,45 @@
 """Checks, runs and records: the one way to a run, for the page, the command line and tests.
 
-One model thread runs what was asked, in the order in which it was asked. Whoever asked follows the
-run through `Run.updates`; walking away from them stops the run. Every run that started ends with
-RunEnded, in the view as in the store.
+One model thread does what was asked, in the order in which it was asked: runs, loading models, and
+unloading them. Runs of several visitors wait for each other, whatever their models: two at once
+would only slow each other down. Whoever asked follows the work through `Work.updates`; walking away
+stops it. Every run that started ends with RunEnded, in the view as in the store.
+
+Several engines stay in memory at once, as many as a budget allows; the one that was used longest
+ago goes first.
 """
 
+import gc
+import json
 import logging
 import platform
 import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from analyzers import registry
 from analyzers.context import Context
-from analyzers.engine import Cursor, Engine, instead, load
+from analyzers.engine import Cursor, Engine, instead, load, memory
+from analyzers.engine.cost import Cost, machine, measure
 from analyzers.engine.loading import DEFAULT, Progress
-from analyzers.errors import BadInput, CandorError, ModelLacks, OutOfContext, Stopped
-from analyzers.params import build
+from analyzers.engine.sources import resolve
+from analyzers.errors import (
+    BadInput,
+    CandorError,
+    ModelLacks,
+    ModelTooLarge,
+    OutOfContext,
+    Stopped,
+    StoreError,
+)
+from analyzers.params import ModelRef, build, knobs
 from analyzers.task import Task, check
 from analyzers.trace import Event, RunEnded, RunStarted, Status, Token, surviving
 from sessions.recorder import Recorder
@@ -39,16 +55,27 @@ LONG_RUN = 1000
 KEPT_CURSORS = 3
 # Runs whose events stay in memory for the page; older ones are read from the store.
 RECENT_RUNS = 8
+# Of the memory that is free without any model; the rest is for caches and activations.
+BUDGET = 0.7
+# What of an identity does not change what a method learns about the model.
+OF_THIS_PLACE = ("name", "device", "parameters", "remote_code")
+# Method and name of the artifact that holds what passes cost.
+COST_TABLE = ("cost", "table")
 MAX_SEED = 2**31 - 1
 NO_TASK = Task("")
 
 
 @dataclass(frozen=True)
 class ModelChoice:
+    """What to load and how; "auto" is decided at loading. double, compute: for the bitsandbytes
+    kinds of quantization (nf4, fp4), which quantize their scales again and multiply in a dtype."""
+
     ref: str = DEFAULT
-    quantization: str = "none"
+    quantization: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
+    double: bool = True
+    compute: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -62,7 +89,10 @@ class Fork:
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked. seed None: one is chosen and recorded. A fork takes the earlier run's task."""
+    """What is asked. seed None: one is chosen and recorded. A fork takes the earlier run's task.
+
+    A knob that names a second model (ModelRef) has it loaded as `model` is: with its quantization,
+    dtype and device."""
 
     method: str
     task: Task = NO_TASK
@@ -75,8 +105,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Update:
-    """What is new since the last one. ahead: runs before this one, while it waits. doing: what
-    happens before the first token, and how far it is (share of 1)."""
+    """What is new since the last one. ahead: work before this, while it waits. doing: what happens
+    before the first token, and how far it is (share of 1)."""
 
     new: Sequence[Stamped] = ()
     ahead: int = 0
@@ -85,12 +115,11 @@ class Update:
     unsaved: str | None = None
 
 
-class Run:
-    """A run as its caller sees it. `id` is "" until it has started."""
+class Work:
+    """Something the model thread was asked to do, as its caller sees it."""
 
-    def __init__(self, job: Job, runner: "Runner") -> None:
-        self.job = job
-        self.id = ""
+    def __init__(self, runner: "Runner", owner: str) -> None:
+        self.owner = owner
         self.events: list[Stamped] = []
         self._runner = runner
         self._changed = threading.Condition()
@@ -98,10 +127,9 @@ class Run:
         self._doing = ("", 0.0)
         self._refused: CandorError | None = None
         self._over = False
-        self._began = 0.0
 
     def stop(self, reason: str = "stopped by you") -> None:
-        """Takes effect before the next forward pass, or at once while waiting."""
+        """Takes effect before the next forward pass or part of a model; at once while waiting."""
         self._stop_reason = self._stop_reason or reason
         self._runner._drop(self)
 
@@ -110,9 +138,10 @@ class Run:
         return self._over
 
     def updates(self) -> Iterator[Update]:
-        """Everything that happens, 12 times a second (4 in a long run), until the run is over.
+        """Everything that happens, 12 times a second (4 in a long run), until it is over.
 
-        Closing the iterator early stops the run. Raises: CandorError if it could not start.
+        Closing the iterator early stops the work. Raises: CandorError if it could not be done;
+        Stopped if it was stopped before a run began. A run that began ends with RunEnded instead.
         """
         seen = 0
         try:
@@ -136,8 +165,8 @@ class Run:
             if not self._over:
                 self.stop("its reader went away")
 
-    def finish(self) -> "Run":
-        """Wait for the end. Raises: CandorError if it could not start."""
+    def finish(self) -> Self:
+        """Wait for the end. Raises: what `updates` raises."""
         for _ in self.updates():
             pass
         return self
@@ -148,6 +177,10 @@ class Run:
 
     # For the model thread
 
+    def _serve(self) -> None:
+        """Do it. Raises: CandorError if it cannot be done."""
+        raise NotImplementedError
+
     def _poll(self) -> None:
         if self._stop_reason:
             raise Stopped(self._stop_reason)
@@ -155,6 +188,25 @@ class Run:
     def _progress(self, doing: str, share: float) -> None:
         self._poll()
         self._doing = (doing, share)
+
+    def _finish(self, refused: CandorError | None = None) -> None:
+        with self._changed:
+            self._refused = refused
+            self._over = True
+            self._changed.notify_all()
+
+
+class Run(Work):
+    """A run as its caller sees it. `id` is "" until it has started."""
+
+    def __init__(self, job: Job, runner: "Runner") -> None:
+        super().__init__(runner, job.owner)
+        self.job = job
+        self.id = ""
+        self._began = 0.0
+
+    def _serve(self) -> None:
+        self._runner._run(self)
 
     def _stamp(self, event: Event) -> Stamped:
         if not self.events:
@@ -168,26 +220,117 @@ class Run:
                 self._doing = ("", 0.0)
             self._changed.notify_all()
 
-    def _finish(self, refused: CandorError | None = None) -> None:
-        with self._changed:
-            self._refused = refused
-            self._over = True
-            self._changed.notify_all()
+
+class Loading(Work):
+    """A model on its way into memory; when it is over without an error, the model is there."""
+
+    def __init__(
+        self, choice: ModelChoice, runner: "Runner", owner: str = "", hear: Progress | None = None
+    ) -> None:
+        super().__init__(runner, owner)
+        self.choice = choice
+        self._hear = hear
+
+    def _serve(self) -> None:
+        self._runner._resident(self.choice, self._progress)
+
+    def _progress(self, doing: str, share: float) -> None:
+        super()._progress(doing, share)
+        if self._hear:
+            self._hear(doing, share)
+
+
+class Unloading(Work):
+    """A model on its way out of memory; nothing happens if it is not there."""
+
+    def __init__(self, choice: ModelChoice, runner: "Runner") -> None:
+        super().__init__(runner, "")
+        self.choice = choice
+
+    def _serve(self) -> None:
+        self._runner._unload(self.choice)
+
+
+@dataclass(eq=False)
+class Resident:
+    """A loaded engine and the choices it answers to, the one it was loaded for first.
+
+    tried: its cost is known, or could not be measured."""
+
+    engine: Engine
+    choices: list[ModelChoice]
+    memory: int
+    tried: bool = False
+
+    @property
+    def device(self) -> str:
+        return str(self.engine.identity["device"])
+
+    def serves(self, choice: ModelChoice) -> bool:
+        """Whether `choice` is one of them, or names what the first of them came out as."""
+        first, found = vars(self.choices[0]), self.engine.identity
+        return choice in self.choices or all(
+            value == first[name] or (name != "ref" and value == found.get(name, value))
+            for name, value in vars(choice).items()
+        )
+
+    def facts(self) -> dict[str, Any]:
+        cost = self.engine.cost
+        return dict(self.engine.identity) | {
+            "memory": self.memory,
+            "context": self.engine.context,
+            "can_chat": self.engine.can_chat,
+            "cost": cost.as_mapping() if cost else None,
+            "choice": self.choices[0],
+        }
+
+
+@dataclass(frozen=True)
+class StoredArtifacts:
+    """The store's artifacts of one model."""
+
+    store: Store
+    model: str
+
+    def get(self, method: str, name: str) -> tuple[bytes, Mapping[str, Any]] | None:
+        return self.store.get_artifact(self.model, method, name)
+
+    def put(
+        self, method: str, name: str, data: bytes, meta: Mapping[str, Any] | None = None
+    ) -> None:
+        self.store.put_artifact(self.model, method, name, data, meta)
 
 
 class Runner:
-    """Owns the loaded model, the model thread, the recorder and the kept cursors."""
+    """Owns the resident engines, the model thread, the recorder and the kept cursors."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(
+        self,
+        store: Store,
+        remote_code: bool = False,
+        budget: int | None = None,
+        measure: bool = True,
+    ) -> None:
+        """remote_code: models may bring code of their own, which is then run.
+
+        budget: bytes that resident engines may take together on a device (None: 70 % of what is
+        free there without them). It decides who stays beside a new one, and never forbids a model:
+        whether that fits at all is found when it is loaded. The caches of kept runs are not
+        counted; they go first.
+        measure: find out what passes cost, once for each model, while nothing else is asked.
+        """
         self.store = store
         self.recorder = Recorder(store)
-        self.engine: Engine | None = None
-        self._choice: ModelChoice | None = None
-        self._queue: deque[Run] = deque()
+        self._remote_code = remote_code
+        self._budget = budget
+        self._budgets: dict[str, int] = {}  # by device
+        self._measures = measure
+        self._residents: list[Resident] = []  # the one used longest ago comes first
+        self._queue: deque[Work] = deque()
         self._wake = threading.Condition()
-        self._current: Run | None = None
+        self._current: Work | None = None
         self._closing = False
-        self._kept: OrderedDict[str, Cursor] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Engine, Cursor]] = OrderedDict()
         self._recent: OrderedDict[str, Run] = OrderedDict()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
@@ -204,12 +347,30 @@ class Runner:
         if job.seed is not None and not 0 <= job.seed <= MAX_SEED:
             raise BadInput(f"The seed must be from 0 to {MAX_SEED:,}, not {job.seed}.")
         run = Run(job, self)
-        with self._wake:
-            if self._closing:
-                raise CandorError("Candor is being closed: start it again.")
-            self._queue.append(run)
-            self._wake.notify_all()
+        self._line_up(run)
         return run
+
+    def load(self, choice: ModelChoice, owner: str = "") -> Loading:
+        """Have a model in memory before a run asks for it; nothing to do if it is there.
+
+        A load that fails or is stopped leaves the other models where they are, but for those that
+        had to make room. Raises: CandorError after `close`; all else from `Loading.updates`.
+        """
+        loading = Loading(choice, self, owner)
+        self._line_up(loading)
+        return loading
+
+    def unload(self, choice: ModelChoice) -> Unloading:
+        """Give a model's memory back when the work before this is done; `finish` waits for that."""
+        unloading = Unloading(choice, self)
+        self._line_up(unloading)
+        return unloading
+
+    def prepare(self, choice: ModelChoice, progress: Progress) -> None:
+        """`load` and wait; `progress` hears of every part. Raises: ModelError, BadInput."""
+        loading = Loading(choice, self, hear=progress)
+        self._line_up(loading)
+        loading.finish()
 
     def events(self, run_id: str) -> list[Stamped]:
         """Of a live or recent run from memory, of any other from the store.
@@ -223,16 +384,26 @@ class Runner:
         run = self._recent.get(run_id)
         return run if run and not run.over else None
 
-    def prepare(self, choice: ModelChoice, progress: Progress) -> None:
-        """Load a model before the first run asks for it. Raises: ModelError, BadInput."""
-        self._engine_for(choice, progress)
+    @property
+    def engine(self) -> Engine | None:
+        """The one that was used last. It belongs to the model thread: look, and run nothing on it
+        while anything is asked of the runner or measured by it."""
+        with self._wake:
+            return self._residents[-1].engine if self._residents else None
 
-    def model_facts(self) -> dict[str, Any] | None:
-        """Identity of the loaded model with `memory` (bytes) and `context` (tokens)."""
-        engine = self.engine
-        if engine is None:
-            return None
-        return dict(engine.identity) | {"memory": engine.memory, "context": engine.context}
+    def residents(self) -> list[dict[str, Any]]:
+        """Facts of the loaded models, the one used last first: identity with `memory` (bytes),
+        `context` (tokens), `can_chat`, `cost` (a Cost as mapping, None until it is measured) and
+        `choice` (the ModelChoice that it was loaded for)."""
+        with self._wake:
+            return [resident.facts() for resident in reversed(self._residents)]
+
+    def model_facts(self, choice: ModelChoice | None = None) -> dict[str, Any] | None:
+        """The facts of the model that `choice` is or would be, or of the one used last; None when
+        it is not loaded."""
+        with self._wake:
+            resident = self._find(choice) if choice else next(reversed(self._residents), None)
+            return resident.facts() if resident else None
 
     def close(self) -> None:
         """Stop what runs, write everything, end the threads."""
@@ -240,49 +411,187 @@ class Runner:
             self._closing = True
             waiting = [*self._queue]
             self._wake.notify_all()
-        for run in [*waiting, *([self._current] if self._current else [])]:
-            run.stop("Candor was closed")
+        for work in [*waiting, *([self._current] if self._current else [])]:
+            work.stop("Candor was closed")
         self._thread.join(timeout=30)
         self.recorder.close()
 
     # The queue
 
-    def _ahead(self, run: Run) -> int:
+    def _line_up(self, work: Work) -> None:
         with self._wake:
-            return self._queue.index(run) + bool(self._current) if run in self._queue else 0
+            if self._closing:
+                raise CandorError("Candor is being closed: start it again.")
+            self._queue.append(work)
+            self._wake.notify_all()
 
-    def _drop(self, run: Run) -> None:
+    def _ahead(self, work: Work) -> int:
         with self._wake:
-            if run not in self._queue:
+            return self._queue.index(work) + bool(self._current) if work in self._queue else 0
+
+    def _drop(self, work: Work) -> None:
+        with self._wake:
+            if work not in self._queue:
                 return
-            self._queue.remove(run)
-        run._finish(Stopped("Stopped before it began."))
+            self._queue.remove(work)
+        work._finish(Stopped("Stopped before it began."))
 
     def _work(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._queue or self._closing)
-                if not self._queue:
+                self._wake.wait_for(lambda: self._queue or self._closing or self._unmeasured())
+                self._current = self._queue.popleft() if self._queue else None
+                if self._current is None and self._closing:
                     return
-                self._current = run = self._queue.popleft()
-            try:
-                self._serve(run)
-                run._finish()
-            except CandorError as error:
-                run._finish(error)
-            except Exception as error:
-                log.exception("a run failed outside its method")
-                run._finish(CandorError(_inside(error)))
-            finally:
-                self._current = None
+            if self._current is None:
+                self._measure()
+            else:
+                self._do(self._current)
+
+    def _do(self, work: Work) -> None:
+        refused: CandorError | None = None
+        try:
+            work._serve()
+        except CandorError as error:
+            refused = error
+        except Exception as error:
+            log.exception("something failed outside a method")
+            refused = CandorError(_inside(error))
+        if refused:
+            # Its frames hold an engine, or the half of one; whoever asked may hold the error long.
+            refused.__traceback__ = refused.__cause__ = refused.__context__ = None
+            gc.collect()
+        self._current = None
+        work._finish(refused)
+
+    # Engines, in the model thread
+
+    def _resident(
+        self, choice: ModelChoice, progress: Progress, needed: Collection[Resident] = ()
+    ) -> Resident:
+        """The engine of a choice, loaded if it is not there; from now on the one used last.
+
+        Those that are `needed` stay. Raises: ModelError, BadInput, Stopped.
+        """
+        resident = self._find(choice)
+        if resident is None and self._residents:
+            decided, need = plan(choice, self._remote_code, progress)
+            resident = self._find(decided)
+            if resident is None:
+                self._make_room(decided, need, needed)
+        if resident is None:
+            resident = self._loaded(choice, progress)
+        with self._wake:
+            if choice not in resident.choices:
+                resident.choices.append(choice)
+            self._residents = [*(r for r in self._residents if r is not resident), resident]
+        return resident
+
+    def _find(self, choice: ModelChoice) -> Resident | None:
+        return next((each for each in self._residents if each.serves(choice)), None)
+
+    def _make_room(self, choice: ModelChoice, need: int, needed: Collection[Resident]) -> None:
+        """Drop kept cursors, then engines, the one used longest ago first, until the `need` bytes
+        of `choice` (decided) fit into the budget of its device.
+
+        Raises: ModelTooLarge, and drops nothing, if there is too little memory even so.
+        """
+        there = [each for each in self._residents if each.device == choice.device]
+        others = [each for each in there if each not in needed]
+        taken, free = sum(each.memory for each in there), memory.free(choice.device)
+        room = free + sum(each.memory for each in others)
+        if need > room:
+            raise ModelTooLarge(
+                f"{choice.ref} needs {need / 1e9:.2f} GB, and there would be {room / 1e9:.2f} GB "
+                "with every other model unloaded: choose a stronger quantization."
+            )
+        budget = self._budget
+        if budget is None:  # as much as was free before the first model
+            budget = self._budgets.setdefault(choice.device, int(BUDGET * (free + taken)))
+        while taken + need > budget:
+            self._kept.clear()
+            if not others:
+                return
+            taken -= others[0].memory
+            self._evict(others.pop(0))
+
+    def _loaded(self, choice: ModelChoice, progress: Progress) -> Resident:
+        engine = load(
+            choice.ref,
+            quantization=choice.quantization,
+            dtype=choice.dtype,
+            device=choice.device,
+            double=choice.double,
+            compute=choice.compute,
+            remote_code=self._remote_code,
+            progress=progress,
+        )
+        progress(f"Loading {choice.ref}", 1.0)  # the last chance to stop
+        engine.cost = self._stored_cost(engine)
+        return Resident(engine, [choice], engine.memory, tried=engine.cost is not None)
+
+    def _unload(self, choice: ModelChoice) -> None:
+        resident = self._find(choice)
+        if resident:
+            self._evict(resident)
+
+    def _evict(self, resident: Resident) -> None:
+        with self._wake:
+            self._residents.remove(resident)
+            engine = resident.engine
+            del resident.engine  # others still hold the resident
+        for run_id in [name for name, (owner, _) in self._kept.items() if owner is engine]:
+            del self._kept[run_id]
+        del engine
+        gc.collect()  # hooks and modules refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # What passes cost, found out while nothing is asked
+
+    def _unmeasured(self) -> Resident | None:
+        return next(
+            (each for each in reversed(self._residents) if self._measures and not each.tried), None
+        )
+
+    def _measure(self) -> None:
+        """Measure one model and keep the result; whatever is asked meanwhile comes first, and the
+        model is measured later."""
+        resident = self._unmeasured()
+        if resident is None:
+            return
+        engine = resident.engine
+        try:
+            cost = measure(engine, self._give_way)
+            table = json.dumps(cost.as_mapping()).encode()
+            self.store.put_artifact(_cost_key(engine), *COST_TABLE, table)
+            engine.cost = cost
+        except Stopped:
+            return
+        except Exception:
+            log.exception("the cost of %s could not be measured", engine.identity["name"])
+        resident.tried = True
+
+    def _give_way(self) -> None:
+        if self._queue or self._closing:
+            raise Stopped("something else was asked")
+
+    def _stored_cost(self, engine: Engine) -> Cost | None:
+        try:
+            found = self.store.get_artifact(_cost_key(engine), *COST_TABLE)
+            return Cost.from_mapping(json.loads(found[0])) if found else None
+        except (StoreError, KeyError, TypeError, ValueError):
+            log.warning("the stored cost of %s cannot be read", engine.identity["name"])
+            return None
 
     # One run, in the model thread
 
-    def _serve(self, run: Run) -> None:
+    def _run(self, run: Run) -> None:
         """Raises: CandorError if the run cannot start; afterwards it always ends in RunEnded."""
         job = run.job
         method = registry.method(job.method)
-        engine = self._engine_for(job.model, run._progress)
+        own = self._resident(job.model, run._progress)
+        engine = own.engine
         if why := registry.lacks(method.card, engine.can):
             raise ModelLacks(f"{method.card.title} {why}.")
         task = self._forked(job.fork, engine) if job.fork else job.task
@@ -293,6 +602,7 @@ class Runner:
                 f"and the model's context holds {engine.context:,}."
             )
         params: Any = build(method.params, job.params)
+        engines = self._engines(run, own, _models_in(params))
         seed = secrets.randbelow(MAX_SEED + 1) if job.seed is None else job.seed
         started = RunStarted(
             method=method.name,
@@ -302,6 +612,7 @@ class Runner:
             params=dict(vars(params)),
             seed=seed,
             prefix=task.prefix,
+            cost=engine.cost.as_mapping() if engine.cost else None,
         )
         run.id = self.recorder.begin(
             started,
@@ -312,29 +623,47 @@ class Runner:
         )
         self._remember(run)
         self._record(run, started)
-        ctx = Context(seed, kept=lambda engine, ids: self._cursor_for(job.fork, engine, ids))
-        before = engine.forwards
-        status, reason = self._drive(run, engine, method.run(engine, task, params, ctx))
-        self._keep(run, ctx)
+        ctx = Context(
+            seed,
+            kept=lambda engine, ids: self._cursor_for(job.fork, engine, ids),
+            engines=engines,
+            cost=engine.cost,
+            artifacts=StoredArtifacts(self.store, _model_key(engine)),
+            cancelled=lambda: bool(run._stop_reason),
+        )
+        used = list(dict.fromkeys(engines.values()))
+        before = sum(each.forwards for each in used)
+        status, reason = self._drive(run, used, method.run(engine, task, params, ctx))
+        self._keep(run, engine, ctx)
         ended = RunEnded(
             status,
             reason,
             tokens=sum(isinstance(s.event, Token) for s in run.events) - len(task.written),
-            forwards=engine.forwards - before,
+            forwards=sum(each.forwards for each in used) - before,
             seconds=round(time.monotonic() - run._began, 6),
         )
         last = run._stamp(ended)
         run._say(last)
         self.recorder.end(run.id, last)
 
+    def _engines(self, run: Run, own: Resident, refs: Sequence[ModelRef]) -> dict[str, Engine]:
+        """The run's own engine as "", and those that its knobs name, all of them resident."""
+        residents = {"": own}
+        for ref in refs:
+            choice = replace(run.job.model, ref=str(ref))
+            residents[ref] = self._resident(choice, run._progress, residents.values())
+        self._resident(run.job.model, run._progress)  # its own counts as used last
+        return {ref: resident.engine for ref, resident in residents.items()}
+
     def _drive(
-        self, run: Run, engine: Engine, events: Generator[Event, None, str]
+        self, run: Run, engines: Sequence[Engine], events: Generator[Event, None, str]
     ) -> tuple[Status, str]:
         """Draw the events out of the method, inference mode around each and never across them."""
-        engine.poll = run._poll
-        engine.progress = lambda done, total: run._progress(
-            f"Reading the prompt, {done:,} of {total:,} tokens", done / max(total, 1)
-        )
+        for engine in engines:
+            engine.poll = run._poll
+            engine.progress = lambda done, total: run._progress(
+                f"Reading the prompt, {done:,} of {total:,} tokens", done / max(total, 1)
+            )
         try:
             while True:
                 run._poll()
@@ -352,27 +681,14 @@ class Runner:
             return "failed", _inside(error)
         finally:
             events.close()
-            engine.poll = _no_poll
-            engine.progress = _no_progress
+            for engine in engines:
+                engine.poll = _no_poll
+                engine.progress = _no_progress
 
     def _record(self, run: Run, event: Event) -> None:
         stamped = run._stamp(event)
         self.recorder.record(run.id, stamped)  # first: what cannot be stored is not shown either
         run._say(stamped)
-
-    def _engine_for(self, choice: ModelChoice, progress: Progress) -> Engine:
-        if self.engine is None or choice != self._choice:
-            self._kept.clear()
-            self.engine = self._choice = None
-            self.engine = load(
-                choice.ref,
-                quantization=choice.quantization,
-                dtype=choice.dtype,
-                device=choice.device,
-                progress=progress,
-            )
-            self._choice = choice
-        return self.engine
 
     # Forking off from an earlier run
 
@@ -393,8 +709,8 @@ class Runner:
 
     def _cursor_for(self, fork: Fork | None, engine: Engine, ids: Sequence[int]) -> Cursor | None:
         """The kept cache of the run that is forked, cut to what it shares with `ids`."""
-        cursor = self._kept.get(fork.run) if fork else None
-        if cursor is None:
+        maker, cursor = self._kept.get(fork.run, (None, None)) if fork else (None, None)
+        if cursor is None or maker is not engine:
             return None
         shared = next(
             (n for n, (a, b) in enumerate(zip(cursor.ids, ids, strict=False)) if a != b),
@@ -404,9 +720,9 @@ class Runner:
         engine.extend(branch, ids[shared:])
         return branch
 
-    def _keep(self, run: Run, ctx: Context) -> None:
+    def _keep(self, run: Run, engine: Engine, ctx: Context) -> None:
         if ctx.cursors:
-            self._kept[run.id] = ctx.cursors[0]
+            self._kept[run.id] = engine, ctx.cursors[0]
         while len(self._kept) > KEPT_CURSORS:
             self._kept.popitem(last=False)
 
@@ -414,6 +730,40 @@ class Runner:
         self._recent[run.id] = run
         while len(self._recent) > RECENT_RUNS:
             self._recent.popitem(last=False)
+
+
+def plan(choice: ModelChoice, remote_code: bool, progress: Progress) -> tuple[ModelChoice, int]:
+    """The choice with every "auto" decided, and the bytes that loading it takes at its peak; from
+    the headers of its files, which are fetched if they are not on this disk.
+
+    Raises: ModelError, BadInput, Stopped.
+    """
+    source = resolve(choice.ref, progress, remote_code)
+    made = memory.plan(source, choice.quantization, choice.dtype, choice.device, choice.double)
+    decided = replace(
+        choice,
+        quantization=made.quantization,
+        dtype=str(made.dtype).removeprefix("torch."),
+        device="split" if made.split else str(made.device),
+    )
+    return decided, made.peak
+
+
+def _models_in(params: Any) -> list[ModelRef]:
+    """The second models that the knobs name; "" names none."""
+    named = (getattr(params, row.name) for row in knobs(type(params)) if row.kind is ModelRef)
+    return [ref for ref in named if ref]
+
+
+def _model_key(engine: Engine) -> str:
+    """What a model is, wherever it lies and runs."""
+    of_it = {k: v for k, v in sorted(engine.identity.items()) if k not in OF_THIS_PLACE}
+    return json.dumps(of_it)
+
+
+def _cost_key(engine: Engine) -> str:
+    device = str(engine.identity["device"])
+    return f"{_model_key(engine)} on {device}, {machine(device)}"
 
 
 def _no_poll() -> None:

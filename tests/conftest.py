@@ -48,7 +48,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_engine: Engine) 
     """The real runner and recorder on a database of its own; every model is `own_engine`."""
     monkeypatch.setattr("app.runner.load", lambda ref, **options: own_engine)
     store = Store(tmp_path / "runs.db")
-    made = Runner(store)
+    made = Runner(store, measure=False)
     yield made
     made.close()
     store.close()

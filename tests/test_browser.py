@@ -1,5 +1,6 @@
 """The page as a person meets it: the real app with the default model in headless Chromium."""
 
+import os
 import re
 import shutil
 import threading
@@ -10,6 +11,7 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from analyzers.home import models_folder
 from analyzers.trace import RunEnded, RunStarted, Token, surviving, text_of
 from app.bench.page import FLAGS
 from app.page.context import PageContext
@@ -297,14 +299,13 @@ def test_history_searches_opens_replays_exports_and_deletes(page, served, tmp_pa
     expect(page.locator("#runs [data-run]")).to_have_count(1)
     page.locator("#runs [data-run]").click()
     expect(tokens(page, "history")).to_have_count(len(surviving(events)))
-    engine, ctx.runner.engine = ctx.runner.engine, None  # whatever needs a model fails now
-    try:
-        page.locator("#replay").click()
-        expect(page.locator("#history-state")).to_contain_text("Replaying")
-        expect(page.locator("#history-state")).to_contain_text("Done")
-        expect(tokens(page, "history")).to_have_count(len(surviving(events)))
-    finally:
-        ctx.runner.engine = engine
+    for row in ctx.runner.residents():
+        ctx.runner.unload(row["choice"]).finish()
+    page.locator("#replay").click()
+    expect(page.locator("#history-state")).to_contain_text("Replaying")
+    expect(page.locator("#history-state")).to_contain_text("Done")
+    expect(tokens(page, "history")).to_have_count(len(surviving(events)))
+    assert ctx.runner.residents() == []  # a replay needs no model
     expect(page.locator("#history-asked")).to_contain_text("Zanzibar is an island.")
     tokens(page, "history").nth(2).click()
     page.locator("#history-panel [data-fork]").first.click()
@@ -330,6 +331,70 @@ def test_history_searches_opens_replays_exports_and_deletes(page, served, tmp_pa
     assert [s.event for s in ctx.store.events(kept.id)] == events
 
 
+def pick_model(page: Page, name: str, quantization: str | None = None) -> None:
+    """Load it with the bar, which is open then."""
+    if not page.locator("#model-panel").is_visible():
+        page.locator("#top .pick").click()
+    page.locator("#model-ref input").fill(name)
+    page.keyboard.press("Enter")
+    if quantization:
+        page.locator("#model-quantization input").click()
+        page.get_by_role("option", name=quantization, exact=True).click()
+    page.locator("#model-load").click()
+
+
+def test_another_model_is_loaded_used_and_unloaded_by_one_visitor(page, served, browser):
+    ctx, address = served
+    first = page.locator("#top").inner_text()
+    expect(page.locator("#top")).to_contain_text("tok/s")
+    page.locator("#top summary").click()
+    expect(page.locator("#top .pop")).to_contain_text("16 tokens checked at once")
+    page.locator("#top .pick").click()
+    expect(page.locator("#model-said")).to_contain_text("free")
+    pick_model(page, "smollm2-135m", "none")
+    expect(page.locator("#model-said")).to_contain_text("SmolLM2-135M-Instruct is ready")
+    expect(page.locator("#top")).to_contain_text("float32 · CPU")
+    expect(page.locator("#model-list li")).to_have_count(2)
+
+    other = browser.new_page()
+    other.goto(address)
+    expect(other.locator("#top")).to_contain_text(first.split("\n")[2])  # its own choice
+    other.close()
+
+    pick_model(page, "/no/such/folder")
+    expect(page.get_by_role("alert")).to_contain_text("There is no model '/no/such/folder'")
+    expect(page.locator("#top")).to_contain_text("float32 · CPU")
+    page.keyboard.press("Escape")
+    expect(page.locator("#model-panel")).to_be_hidden()
+    ask(page, "Say yes.", tokens=4)
+    run(page)
+    assert newest(ctx)[1][0].model["quantization"] == "none"
+
+    page.locator("#top .pick").click()
+    page.locator("#model-list [data-use]").click()
+    expect(page.locator("#top")).not_to_contain_text("float32 · CPU")
+    page.locator("#model-list li", has_text="float32").get_by_text("Unload").click()
+    expect(page.locator("#model-list li")).to_have_count(1)
+    assert len(ctx.runner.residents()) == 1
+
+
+def test_a_model_without_chat_template_offers_text(page, served, tmp_path: Path):
+    plain = tmp_path / "plain"
+    shutil.copytree(models_folder() / "smollm2-135m", plain, copy_function=os.symlink)
+    (plain / "chat_template.jinja").unlink()
+    pick_model(page, str(plain))
+    expect(page.locator("#top")).to_contain_text("no chat template: text mode")
+    page.keyboard.press("Escape")
+    expect(page.locator("#mode label")).to_have_count(1)
+    expect(page.locator("#text-only")).to_contain_text("goes on from a text")
+    ask(page, "Once upon a time", tokens=4)
+    run(page)
+    assert newest(served[0])[1][0].prompt == "Once upon a time"
+    page.locator("#top .pick").click()
+    page.locator("#model-list [data-use]").first.click()
+    expect(page.locator("#mode label")).to_have_count(2)
+
+
 @pytest.mark.parametrize("width", [1360, 400])
 @pytest.mark.parametrize("dark", [False, True])
 def test_nothing_overflows_light_or_dark_wide_or_narrow(page, width, dark, tmp_path: Path):
@@ -338,6 +403,8 @@ def test_nothing_overflows_light_or_dark_wide_or_narrow(page, width, dark, tmp_p
         page.get_by_label("Light or dark").click()
     ask(page, "unbreakable" * 200, tokens=4)
     run(page)
+    page.locator("#top .pick").click()
+    expect(page.locator("#model-load")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     back = page.evaluate("getComputedStyle(document.querySelector('gradio-app')).backgroundColor")
     level = sum(map(int, re.findall(r"\d+", back)[:3]))  # of 765

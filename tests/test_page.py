@@ -1,14 +1,20 @@
-"""The page's frame, without a browser: what it refuses to serve, and its style sheet."""
+"""The page's frame, without a browser: what it refuses to serve, its style sheet, and the model
+bar on a runner that only pretends to load."""
 
 import re
 import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 
-from analyzers.errors import BadInput, ModelNotFound
-from app.page import main, theme
+from analyzers.errors import BadInput, ModelNotFound, Stopped
+from app.page import main, model_bar, theme
 from app.page.context import PageContext
-from app.runner import ModelChoice
+from app.page.model_bar import ModelBar
+from app.page.tabs.generate import GenerateTab
+from app.runner import ModelChoice, Update
 from visualizations import header
 
 
@@ -53,3 +59,162 @@ def test_no_selector_has_a_comma_inside_brackets():
     selectors = re.findall(r"(?:^|[{}])([^{}@;]+)\{", css)
     assert len(selectors) > 100
     assert not [each.strip() for each in selectors if re.search(r"\([^)]*,", each)]
+
+
+COST = {"step_ms": 20.0, "verify": [[1, 1.0], [4, 1.5]], "prefill": 500.0, "memory": 100}
+HERE, THERE = (SimpleNamespace(session_hash=name, username=None) for name in ("here", "there"))
+
+
+class Pretended:
+    """Loading that says one thing, then succeeds, or fails with `error`."""
+
+    def __init__(self, done, error: Exception | None) -> None:
+        self.done, self.error, self.stopped = done, error, False
+
+    def updates(self) -> Iterator[Update]:
+        yield Update(ahead=1)
+        yield Update(doing="Loading weights", share=0.25)
+        if self.error:
+            raise self.error
+        self.done()
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+class PretendRunner:
+    """Models without weights: what `facts` says of each reference."""
+
+    def __init__(self) -> None:
+        self.models: dict[ModelChoice, dict] = {}
+        self.error: Exception | None = None
+        self.put(ModelChoice())
+
+    def put(self, choice: ModelChoice, **facts) -> None:
+        plain = {"name": choice.ref, "quantization": "int8", "dtype": "float32", "device": "cpu"}
+        more = {"memory": 100, "context": 64, "can_chat": True, "cost": COST, "choice": choice}
+        others = {key: row for key, row in self.models.items() if key != choice}
+        self.models = {choice: plain | more | facts, **others}
+
+    def load(self, choice: ModelChoice, owner: str = "") -> Pretended:
+        return Pretended(lambda: self.put(choice, can_chat="base" not in choice.ref), self.error)
+
+    def unload(self, choice: ModelChoice) -> Pretended:
+        return Pretended(lambda: self.models.pop(choice), None)
+
+    def residents(self) -> list[dict]:
+        return list(self.models.values())
+
+    def model_facts(self, choice: ModelChoice | None = None) -> dict | None:
+        return self.models.get(choice)
+
+
+@pytest.fixture
+def bar(monkeypatch) -> ModelBar:
+    monkeypatch.setattr(model_bar.sources, "listed", list)
+    ctx = PageContext(PretendRunner(), None, ModelChoice())
+    with gr.Blocks():
+        return ModelBar(ctx)
+
+
+def form(bar: ModelBar, ref: str, **other) -> dict:
+    given = {field: field.value for field in bar.fields} | {bar.ref: ref}
+    return given | {getattr(bar, name): value for name, value in other.items()}
+
+
+def test_a_model_is_loaded_with_progress_and_used_by_this_visitor_only(bar):
+    steps = list(bar.load(form(bar, "org/other-model", kind="nf4", double=False), HERE))
+    said = [step[bar.said] for step in steps]
+    assert "one run is before yours" in said[1]
+    assert "Loading weights" in said[2] and "width:25%" in said[2]
+    assert "other-model is ready" in said[-1]
+    assert steps[0][bar.halt].interactive and not steps[0][bar.go].interactive
+    assert steps[-1][bar.go].interactive and not steps[-1][bar.halt].interactive
+    wanted = ModelChoice("org/other-model", quantization="nf4", double=False)
+    assert bar.ctx.choice("here") == wanted and bar.ctx.choice("there") == ModelChoice()
+    assert "<b>other-model</b>" in steps[-1][bar.top]
+    assert "<b>SmolLM2-135M-Instruct</b>" in bar.look(THERE)[bar.top]
+    bar.ctx.leave("here", "gone")
+    assert bar.ctx.choice("here") == ModelChoice()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModelNotFound("There is no such model."), 'role="alert">There is no such model.'),
+        (Stopped("stopped by you"), 'role="status">Loading was stopped.'),
+    ],
+)
+def test_what_cannot_be_loaded_is_a_sentence_and_the_earlier_model_stays(bar, error, said):
+    bar.ctx.runner.error = error
+    last = list(bar.load(form(bar, "nowhere"), HERE))[-1]
+    assert said in last[bar.said] and "<b>SmolLM2-135M-Instruct</b>" in last[bar.top]
+    assert last[bar.go].interactive and not last[bar.halt].interactive
+    assert bar.ctx.choice("here") == ModelChoice() and not bar.ctx.loading
+
+
+def test_an_empty_name_is_a_sentence(bar):
+    (last,) = bar.load(form(bar, "  "), HERE)
+    assert "Choose a model" in last[bar.said] and last[bar.go].interactive
+    assert "Choose a model" in bar.foresee(form(bar, None))
+
+
+def test_cancel_stops_the_loading_of_this_visitor(bar):
+    going = bar.load(form(bar, "org/other-model"), HERE)
+    next(going)
+    loading = bar.ctx.loading["here"]
+    bar.cancel(THERE)
+    assert not loading.stopped
+    bar.cancel(HERE)
+    assert loading.stopped
+
+
+def test_a_model_without_chat_template_turns_the_prompt_into_text(bar):
+    last = list(bar.load(form(bar, "some-base"), HERE))[-1]
+    assert last[bar.can_chat] is False and "text mode" in last[bar.top]
+    with gr.Blocks():
+        tab = GenerateTab(bar.ctx, gr.State(True))
+    mode, hint = tab.fit_model(False, "sampling")
+    assert mode.value == "raw" and [value for _, value in mode.choices] == ["raw"]
+    assert hint.visible
+    assert tab.pick_method("sampling", False)[1] == "raw"
+    assert tab.pick_method("sampling", True)[1] == "chat"
+    mode, hint = tab.fit_model(True, "sampling")
+    assert mode.value == "chat" and len(mode.choices) == 2 and not hint.visible
+
+
+def test_models_in_memory_are_used_and_unloaded(bar):
+    other = ModelChoice("other")
+    bar.ctx.runner.put(other)
+    keys = re.findall(r'data-unload="([^"]*)"', bar.look(HERE)[bar.list])
+    assert len(keys) == 2
+    list(bar.act(gr.EventData(None, {"use": keys[0]}), HERE))
+    assert bar.ctx.choice("here") == other
+    waiting, *_, left = bar.act(gr.EventData(None, {"unload": keys[0]}), HERE)
+    assert "one run is before yours" in waiting[bar.said]
+    assert bar.ctx.runner.residents() == [bar.ctx.runner.model_facts(ModelChoice())]
+    assert "no model loaded" in left[bar.top] and "<b>other</b>" in left[bar.top]
+    (again,) = bar.act(gr.EventData(None, {"unload": keys[0]}), THERE)
+    assert "no longer in memory" in again[bar.said]
+
+
+def test_the_page_asks_again_until_the_cost_is_known(bar):
+    assert bar.look(HERE)[bar.clock].active is False
+    bar.ctx.runner.put(ModelChoice(), cost=None)
+    waiting = bar.look(HERE)
+    assert waiting[bar.clock].active is True and "tok/s" not in waiting[bar.top]
+    bar.ctx.runner.models.clear()
+    assert bar.look(HERE)[bar.clock].active is True
+
+
+def test_what_is_needed_is_foreseen_and_nothing_is_fetched(bar, monkeypatch):
+    listed = SimpleNamespace(ref="far", title="Far", ready=False, size=240_000_000)
+    monkeypatch.setattr(model_bar.sources, "listed", lambda: [listed])
+    monkeypatch.setattr(model_bar.sources, "find", lambda ref: ref if ref == "near" else None)
+    plan = SimpleNamespace(quantization="int8", dtype="x", device="cpu", weights=162e6, peak=170e6)
+    monkeypatch.setattr(model_bar.memory, "plan", lambda source, *how: plan)
+    monkeypatch.setattr(model_bar.memory, "free", lambda device: 20_000_000_000)
+    assert "int8 needs 162 MB; 20 GB free" in bar.foresee(form(bar, "near"))
+    assert "fetched first, once: 240 MB" in bar.foresee(form(bar, "far"))
+    assert "Not on this computer" in bar.foresee(form(bar, "org/unknown"))
+    assert ("Far · fetched on demand, 240 MB", "far") in model_bar._choices("near")

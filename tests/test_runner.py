@@ -199,7 +199,7 @@ def test_stop_acts_within_one_token(runner):
 
 
 def test_stop_acts_while_the_prompt_is_read(runner, own_engine, monkeypatch):
-    monkeypatch.setattr("analyzers.engine.core.CHUNK", 8)
+    monkeypatch.setattr("analyzers.engine.writing.CHUNK", 8)
     forward, done = own_engine._forward, []
 
     def third_stops(*args, **options):
@@ -338,7 +338,7 @@ def fork_of(run: Run, at: int, choice: int = 3, **params) -> Job:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("analyzers.engine.core.CHUNK", 8)
+    monkeypatch.setattr("analyzers.engine.writing.CHUNK", 8)
 
 
 @pytest.mark.parametrize("at", [0, 4, 9])
@@ -404,7 +404,7 @@ def test_a_stored_run_is_forked_after_a_restart(tmp_path, monkeypatch, runner):
     parent = go(runner, job())
     expected = go(runner, fork_of(parent, 4))
     store = Store(tmp_path / "runs.db")
-    later = Runner(store)
+    later = Runner(store, measure=False)
     found = go(later, fork_of(parent, 4))
     later.close()
     store.close()
@@ -470,8 +470,8 @@ def test_a_model_without_a_template_takes_raw_text_only(runner, own_engine, monk
 
 
 def test_a_method_the_model_cannot_serve_says_what_it_needs(runner, monkeypatch):
-    add_method(monkeypatch, "deep", Gate().run, needs=("logits", "gradients"))
-    with pytest.raises(ModelLacks, match="needs gradients"):
+    add_method(monkeypatch, "deep", Gate().run, needs=("logits", "routing"))
+    with pytest.raises(ModelLacks, match="needs routing"):
         go(runner, job(method="deep"))
     assert runner.store.count() == 0
 
@@ -489,12 +489,14 @@ def test_another_model_is_loaded_when_it_is_asked_for(runner, monkeypatch):
         return tiny.engine(ref)
 
     monkeypatch.setattr("app.runner.load", load)
+    monkeypatch.setattr("app.runner.plan", lambda choice, remote_code, progress: (choice, 0))
     for ref in ("llama", "llama", "gpt2", "llama"):
         asked = job()
         run = go(runner, replace(asked, model=replace(asked.model, ref=ref)))
         assert events(run)[0].model["name"] == f"tiny-{ref}"
+        assert runner.model_facts()["name"] == f"tiny-{ref}"
         assert runner.model_facts()["context"] == tiny.CONTEXT
-    assert loaded == ["llama", "gpt2", "llama"]
+    assert loaded == ["llama", "gpt2"]  # the first one was still there
 
 
 def test_a_model_that_does_not_load_refuses_the_run_and_leaves_the_runner_alive(

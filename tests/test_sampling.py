@@ -318,7 +318,7 @@ def test_bytes_that_are_no_text_show_the_same_live_as_folded(raw):
 
 
 def test_reading_gives_the_numbers_of_one_full_forward(any_engine, monkeypatch):
-    monkeypatch.setattr("analyzers.engine.core.READ_CHUNK", 7)
+    monkeypatch.setattr("analyzers.engine.writing.READ_CHUNK", 7)
     events = reading(any_engine, TEXT)
     ids = any_engine.encode(Task(TEXT))
     assert ids_of(events) == ids and [event.pos for event in events] == list(range(len(ids)))

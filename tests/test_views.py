@@ -18,6 +18,7 @@ from visualizations import (
     header,
     history,
     legend,
+    models,
     panel,
     status,
     summary,
@@ -39,6 +40,18 @@ HOSTILE = [
     "<|im_end|>",
     "سلام שלום 日本語 👩\u200d👩\u200d👧",
 ]
+
+
+MODEL = {
+    "name": "org/little-model",
+    "quantization": "int8",
+    "dtype": "float32",
+    "device": "cpu",
+    "memory": 162_000_000,
+    "context": 8192,
+    "can_chat": True,
+    "cost": {"step_ms": 21.3, "verify": [[1, 1.0], [4, 1.62]], "prefill": 530.0},
+}
 
 
 def token(pos: int, text: str = " a", p: float | None = 0.5, **fields: object) -> Token:
@@ -559,9 +572,15 @@ def test_prompt_state_and_model_stay_text(text: str):
         assert seen.text.count(shown(text)) >= 4
     facts = dict.fromkeys(("name", "quantization", "dtype", "device"), text)
     check(
-        header.render({**facts, "memory": 1, "context": 1}),
-        {"header", "span", "b", "i", "button"},
-        {"class", "type", "title", "aria-label", "onclick"},
+        header.render({**MODEL, **facts}, quality=(0.1, text)) + header.render(None, text),
+        {"header", "span", "b", "i", "button", "details", "summary", "div", "table", "tr", "th",
+         "td", "p"},
+        {"class", "type", "title", "aria-label", "aria-controls", "onclick"},
+    )  # fmt: skip
+    check(
+        models.residents([(text, {**MODEL, **facts}), ("b", MODEL)], "b") + models.hint(text),
+        {"div", "h3", "ul", "li", "span", "b", "small", "button", "p"},
+        {"class", "title", "type", "data-use", "data-unload", "role"},
     )
     assert turns.asked([]) == ""
 
@@ -572,3 +591,40 @@ def test_state_says_how_far_and_how_it_ended():
     assert "Interrupted" in status.ended([], "01K")
     done = status.ended([RunEnded("done", "end token", 4, 4, 2.0)], "01KABCDEFGHIJ")
     assert "Done: end token · 4 tokens in 2.00 s, 2.0 a second" in done and "01KABCDEFG…" in done
+
+
+def test_the_bar_tells_model_memory_and_speed():
+    seen = Seen(header.render(MODEL, quality=(0.004, "another model"))).text
+    assert "little-model" in seen and "org/" not in seen
+    assert "int8 · CPU · 162 MB" in seen and "8,192" in seen
+    assert "47 tok/s · step 21 ms" in seen
+    assert "4 tokens checked at once1.6 × a token" in seen and "530 tokens/s" in seen
+    assert "Perplexity with int8+0.4 %" in seen and "measured on another model" in seen
+    assert "text mode" not in seen
+
+
+def test_the_bar_says_what_is_not_there():
+    assert "no chat template: text mode" in header.render({**MODEL, "can_chat": False})
+    assert "tok/s" not in header.render({**MODEL, "cost": None})
+    assert "Perplexity" not in header.render(MODEL)
+    whole = header.render({**MODEL, "quantization": "none"})
+    assert "float32 · CPU" in whole
+    gone = header.render(None, "/models/mine")
+    assert "no model loaded" in gone and "<b>mine</b>" in gone
+
+
+def test_models_in_memory_have_their_buttons():
+    seen = Seen(models.residents([("a", MODEL), ("b", MODEL)], "b"))
+    buttons = [attributes for tag, attributes in seen.tags if tag == "button"]
+    keys = [(row.get("data-use"), row.get("data-unload")) for row in buttons]
+    assert keys == [("a", None), (None, "a"), (None, "b")]
+    assert seen.text.count("in use") == 1
+    assert "No model is in memory" in models.residents([], "")
+
+
+def test_what_does_not_fit_is_told_before_loading():
+    small = models.needs("int8", 162_000_000, 566_000_000, 20_000_000_000)
+    assert "int8 needs 162 MB, 566 MB while loading; 20 GB free" in small
+    assert "not fit" not in small and "while loading" not in models.needs("int8", 10, 11, 11)
+    assert "may not fit" in models.needs("int8", 1, 3, 2)
+    assert "fetched first" in models.download(240_000_000)

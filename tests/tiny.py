@@ -1,26 +1,20 @@
 """Tiny seeded models and a byte tokenizer: no download, made in milliseconds, never modified."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from analyzers.engine import Engine
+from analyzers.engine.adapters import attention_implementation
 from analyzers.engine.text import _BYTES
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
@@ -40,7 +34,82 @@ SIZES = {
     "pad_token_id": None,
 }
 GROUPED = {"num_key_value_heads": 2, "intermediate_size": 64}
-FAMILIES = ("llama", "qwen2", "gemma3", "gpt2", "gpt_neox")
+WINDOW = 8
+SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW}
+TYPES = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+ROUTED = {**GROUPED, "num_experts_per_tok": 2}
+SMALL = {"moe_intermediate_size": 16}
+# Family -> what its configuration has besides SIZES. Multipliers, scales and caps are away from
+# 1, so that code that forgets one of them fails.
+_DENSE: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": WINDOW},
+    "qwen2": {**GROUPED, "tie_word_embeddings": True},
+    "qwen3": {**GROUPED, **SLIDING, **TYPES, "head_dim": 8},
+    "gemma2": {
+        **GROUPED,
+        **TYPES,
+        "sliding_window": WINDOW,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 1,
+        "attn_logit_softcapping": 10.0,
+        "final_logit_softcapping": 20.0,
+    },
+    "gemma3": {
+        **GROUPED,
+        **TYPES,
+        "sliding_window": WINDOW,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 1,
+        "final_logit_softcapping": 20.0,
+    },
+    "phi3": {**GROUPED, "sliding_window": WINDOW},
+    "gpt2": {},
+    "gpt_neox": {"intermediate_size": 64},
+    "opt": {"ffn_dim": 64},
+    "olmo2": GROUPED,
+    "falcon": {"ffn_hidden_size": 64, "alibi": False},
+    "stablelm": {**GROUPED, "use_parallel_residual": True, "use_qkv_bias": True},
+    "smollm3": {**GROUPED, "no_rope_layer_interval": 2},
+    "cohere2": {**GROUPED, **TYPES, "sliding_window": WINDOW, "logit_scale": 0.25},
+}
+_MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {**ROUTED, "num_local_experts": 4},
+    "qwen2_moe": {**ROUTED, **SMALL, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {**ROUTED, **SMALL, "num_experts": 8, "head_dim": 8, "norm_topk_prob": True},
+    "olmoe": {**ROUTED, "num_experts": 8},
+    "granitemoe": {
+        **ROUTED,
+        "num_local_experts": 4,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 4.0,
+    },
+    "gpt_oss": {
+        **ROUTED,
+        **TYPES,
+        "sliding_window": WINDOW,
+        "head_dim": 8,
+        "num_local_experts": 4,
+    },
+    "deepseek_v3": {
+        **ROUTED,
+        **SMALL,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 10,
+    },
+}
+DENSE, MOE = tuple(_DENSE), tuple(_MOE)
+FAMILIES = DENSE + MOE
 
 
 @cache
@@ -55,33 +124,40 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
+# Gemma multiplies its embeddings by sqrt(d_model): larger ones would drown the blocks, and every
+# token would predict itself.
+_EMBEDDINGS = {"gemma2": 2.0, "gemma3": 2.0}
+# Makes up for small embeddings or for logits that the family divides.
+_LAST_NORM = {"gemma2": 8.0, "gemma3": 8.0, "cohere2": 4.0, "granitemoe": 4.0}
+
+
+def model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Random weights, large enough that the distributions are far from flat and greedy text does
-    not repeat one token."""
+    not repeat one token. `changes` are laid over the family's configuration."""
     torch.manual_seed(seed)
-    made = _build(family).eval()
+    made = _build(family, changes).eval()
     embedding = made.get_input_embeddings().weight
     with torch.no_grad():
         for weight in made.parameters():
             if weight is embedding:  # in most families the head as well
-                weight.mul_(4.0 if family == "gemma3" else 16.0)
+                weight.mul_(_EMBEDDINGS.get(family, 16.0))
             elif weight.dim() > 1:
                 weight.mul_(20.0)
+        if gain := _LAST_NORM.get(family):
+            made.model.norm.weight.add_(gain - 1)  # Gemma stores a gain of 1 as 0
+        for name, bias in made.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # zero would hide that it only chooses
+                bias.normal_(std=0.3)
     made.generation_config.pad_token_id = 256
     return made
 
 
-def _build(family: str) -> PreTrainedModel:
-    if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SIZES, **GROUPED))
-    if family == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**SIZES, **GROUPED, tie_word_embeddings=True))
-    if family == "gemma3":
-        sliding = {"sliding_window": 8, "head_dim": 8, "final_logit_softcapping": 20.0}
-        return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **GROUPED, **sliding))
-    if family == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(**SIZES))
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=64))
+def _build(family: str, changes: dict[str, Any]) -> PreTrainedModel:
+    name = "gemma3_text" if family == "gemma3" else family
+    config = AutoConfig.for_model(name, **SIZES | (_DENSE | _MOE)[family] | changes)
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention_implementation(config)
+    )
 
 
 def engine(family: str = "llama", seed: int = 0) -> Engine:

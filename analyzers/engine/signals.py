@@ -6,18 +6,22 @@ decimals: more than float32 carries through a forward, and a third of the size i
 
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from analyzers.engine.core import Engine, Step
+from analyzers.engine.values import Step
 from analyzers.trace import Alternative, Origin, Token
+
+if TYPE_CHECKING:
+    from analyzers.engine.core import Engine
 
 TOP = 10
 DIGITS = 6
 
 
 def token(
-    engine: Engine,
+    engine: "Engine",
     step: Step,
     id: int,
     *,
@@ -50,7 +54,7 @@ def token(
     )
 
 
-def first_token(engine: Engine, id: int) -> Token:
+def first_token(engine: "Engine", id: int) -> Token:
     """The first token of a text that is read: nothing precedes it, so it has no numbers."""
     return Token(
         pos=0,
@@ -67,7 +71,7 @@ def first_token(engine: Engine, id: int) -> Token:
     )
 
 
-def instead(engine: Engine, before: Sequence[int], written: Token, id: int) -> Token:
+def instead(engine: "Engine", before: Sequence[int], written: Token, id: int) -> Token:
     """`written` replaced by one of its own alternatives: same place, same distribution, forced.
 
     Raises: KeyError if `id` is not among them."""

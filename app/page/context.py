@@ -1,21 +1,25 @@
-"""What the tabs share: the runner and store for all visitors, the running run of each visitor."""
+"""What the tabs share: the runner and store for all visitors; of each visitor, what goes on and
+which model was chosen."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from app.runner import ModelChoice, Run, Runner
+from app.runner import Loading, ModelChoice, Run, Runner
 from sessions.store import Store
 
 
 @dataclass
 class PageContext:
-    """model: what the page runs. `active`: session of a visitor -> the run it follows."""
+    """model: what a visitor's runs use at first. By session of a visitor: `active`, the run that
+    is followed; `loading`, the model that is being loaded; `chosen`, the model of the next run."""
 
     runner: Runner
     store: Store
     model: ModelChoice
     active: dict[str, Run] = field(default_factory=dict)
+    loading: dict[str, Loading] = field(default_factory=dict)
+    chosen: dict[str, ModelChoice] = field(default_factory=dict)
     _files: TemporaryDirectory[str] = field(
         default_factory=lambda: TemporaryDirectory(prefix="candor-")
     )
@@ -25,8 +29,24 @@ class PageContext:
         """A folder for what is handed out as a download; it goes when Candor ends."""
         return Path(self._files.name)
 
+    def choice(self, session: str | None) -> ModelChoice:
+        """What this visitor's runs use."""
+        return self.chosen.get(session or "", self.model)
+
     def stop(self, session: str | None, reason: str) -> None:
-        """Stop what this visitor has going on, if anything."""
+        """Stop the run that this visitor has going on, if any."""
         run = self.active.pop(session or "", None)
         if run:
             run.stop(reason)
+
+    def cancel(self, session: str | None) -> None:
+        """Stop the loading that this visitor asked for, if any."""
+        loading = self.loading.pop(session or "", None)
+        if loading:
+            loading.stop()
+
+    def leave(self, session: str | None, reason: str) -> None:
+        """The visitor is gone: stop and forget."""
+        self.stop(session, reason)
+        self.cancel(session)
+        self.chosen.pop(session or "", None)

@@ -19,29 +19,27 @@ from analyzers.home import database_path
 from app.page import theme
 from app.page.context import PageContext
 from app.page.middleware import LOOPBACK, Guard
+from app.page.model_bar import ModelBar
 from app.page.tabs import generate, history
-from app.page.widgets import PLOTLY, words
+from app.page.widgets import PLOTLY
 from app.runner import ModelChoice, Runner
 from sessions.store import Store
-from visualizations import header
 
 
 def build(ctx: PageContext) -> gr.Blocks:
     """The page, not yet served."""
 
     def closed(request: gr.Request) -> None:
-        ctx.stop(request.session_hash, "the page was closed")
+        ctx.leave(request.session_hash, "the page was closed")
 
     with gr.Blocks(title="Candor", analytics_enabled=False, fill_width=True) as page:
-        bar = words(header.render(None), elem_id="top")
+        bar = ModelBar(ctx)
         with gr.Tabs():
             with gr.Tab("Generate", id="generate"):
-                generate.build(ctx)
+                generate.build(ctx, bar.can_chat)
             with gr.Tab("History", id="history") as tab:
                 history.build(ctx, tab)
-        page.load(
-            lambda: header.render(ctx.runner.model_facts()), None, bar, show_progress="hidden"
-        )
+        bar.greet(page)
         page.unload(closed)
     return page
 
@@ -67,9 +65,18 @@ def application(ctx: PageContext, hosts: frozenset[str], password: str = "") -> 
     )
 
 
-def serve(*, host: str, port: int, browser: bool, model: ModelChoice, password: str = "") -> None:
+def serve(
+    *,
+    host: str,
+    port: int,
+    browser: bool,
+    model: ModelChoice,
+    password: str = "",
+    remote_code: bool = False,
+) -> None:
     """Load the model, serve the page until Ctrl+C, then write everything and leave.
 
+    remote_code: models may run code that comes with them.
     Raises: BadInput for a public address without a password, or a port in use; StoreError.
     """
     if host not in LOOPBACK and not password:
@@ -78,7 +85,7 @@ def serve(*, host: str, port: int, browser: bool, model: ModelChoice, password: 
         )
     listener = _listen(host, port)
     store = Store(database_path())
-    runner = Runner(store)
+    runner = Runner(store, remote_code=remote_code)
     atexit.register(runner.close)
     try:
         runner.prepare(model, _say_progress)

@@ -1,6 +1,7 @@
 """The Generate tab: ask, watch the answer with its confidence, and go on from any token."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -11,7 +12,7 @@ from analyzers.task import Task, chat
 from analyzers.trace import RunStarted, Turn, text_of
 from app.page.context import PageContext
 from app.page.forms import build_form
-from app.page.run_view import Outputs, build_view
+from app.page.run_view import Outputs, build_view, fork_job
 from app.page.widgets import ENGINE, QUIET, chosen, view, words
 from app.runner import Job, Run
 from visualizations import status, turns
@@ -19,18 +20,21 @@ from visualizations.text import escape
 
 FIRST_METHOD = "sampling"
 FIRST_PROMPT = "What is the capital of Kenya, and since when?"
+MODES = [("Chat", "chat"), ("Text", "raw")]
 
 
-def build(ctx: PageContext) -> None:
+def build(ctx: PageContext, can_chat: gr.State) -> None:
+    """can_chat: whether the model of the visitor has a chat template."""
     with gr.Row(elem_classes="candor-page"):
-        GenerateTab(ctx)
+        GenerateTab(ctx, can_chat)
 
 
 class GenerateTab:
     """The widgets of the tab, and what they do. `earlier` holds a visitor's earlier turns."""
 
-    def __init__(self, ctx: PageContext) -> None:
+    def __init__(self, ctx: PageContext, can_chat: gr.State) -> None:
         self.ctx = ctx
+        self.can_chat = can_chat
         self.methods = {
             name: method
             for name, method in registry.methods().items()
@@ -53,13 +57,18 @@ class GenerateTab:
 
     def _draw_prompt(self) -> None:
         self.mode = gr.Radio(
-            [("Chat", "chat"), ("Text", "raw")],
+            MODES,
             value="chat",
             label="Kind of prompt",
             show_label=False,
             container=False,
             elem_classes="candor-seg",
             elem_id="mode",
+        )
+        self.text_only = words(
+            '<p class="candor-hint">This model has no chat template: it goes on from a text.</p>',
+            visible=False,
+            elem_id="text-only",
         )
         self.talk = view(elem_id="talk")
         with gr.Accordion("System prompt", open=False) as self.system_box:
@@ -139,7 +148,13 @@ class GenerateTab:
         )
         groups = [form.group for form in self.forms]
         self.method.change(
-            self.pick_method, [self.method], [self.about, self.mode, *groups], **QUIET
+            self.pick_method,
+            [self.method, self.can_chat],
+            [self.about, self.mode, *groups],
+            **QUIET,
+        )
+        self.can_chat.change(
+            self.fit_model, [self.can_chat, self.method], [self.mode, self.text_only], **QUIET
         )
         self.mode.change(self.pick_mode, [self.mode], [self.system_box, self.talk], **QUIET)
         self.again.click(self.last_seed, [shown.run_id], [self.seed], **QUIET)
@@ -155,7 +170,7 @@ class GenerateTab:
                     self._task(given),
                     form.values(given),
                     seed=_seed(given[self.seed]),
-                    model=self.ctx.model,
+                    model=self.ctx.choice(request.session_hash),
                     owner=request.username or "",
                 )
             )
@@ -166,8 +181,15 @@ class GenerateTab:
     def fork(
         self, run_id: str, signal: str, event: gr.EventData, request: gr.Request
     ) -> Iterator[Outputs]:
-        if "fork" in chosen(event):
-            updates = self.shown.fork(run_id, signal, event, request)
+        at = chosen(event)
+        if "fork" in at:
+            model = self.ctx.choice(request.session_hash)
+
+            def ask() -> Run:
+                job = fork_job(self.ctx, run_id, at["pos"], at["fork"])
+                return self.ctx.runner.submit(replace(job, model=model))
+
+            updates = self.shown.run(ask, request, signal)
             yield from self._with_buttons(updates, run_id)
 
     def stop(self, request: gr.Request) -> None:
@@ -193,10 +215,17 @@ class GenerateTab:
         asked = past[at - 1]["content"]
         return self._earlier(past[: at - 1]) | {self.prompt: asked, self.prefix: turn["content"]}
 
-    def pick_method(self, name: str) -> list[Any]:
+    def pick_method(self, name: str, can_chat: bool) -> list[Any]:
         picked = self.methods[name]
         groups = [gr.Column(visible=form.method.name == name) for form in self.forms]
-        return [_about(picked), picked.card.starts_as, *groups]
+        return [_about(picked), picked.card.starts_as if can_chat else "raw", *groups]
+
+    def fit_model(self, can_chat: bool, method: str) -> list[Any]:
+        """Offer what the model can: a text always, a chat where it has a template for one."""
+        if can_chat:
+            kind = self.methods[method].card.starts_as
+            return [gr.Radio(MODES, value=kind), gr.HTML(visible=False)]
+        return [gr.Radio(MODES[1:], value="raw"), gr.HTML(visible=True)]
 
     def pick_mode(self, kind: str) -> list[Any]:
         is_chat = kind == "chat"

@@ -1,0 +1,296 @@
+"""Smaller weights: int8 of our own on any device, and the 4- and 8-bit kinds of bitsandbytes.
+
+int8 rounds every row of a weight to 255 levels with one scale a row (symmetric, weights only, no
+calibration). The others are NF4 and FP4 (Dettmers et al. 2023, "QLoRA") and LLM.int8() (Dettmers
+et al. 2022), which bitsandbytes makes while transformers loads the model.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_bitsandbytes_available
+
+from analyzers.errors import BadInput
+
+Quantization = Literal["auto", "none", "int8", "nf4", "fp4", "int8-bnb"]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+COST: dict[Quantization, float] = {}
+"""How much higher the default model's perplexity is than in float32, as a share of it; measured
+with `candor bench quality`."""
+COMFORT = 0.6
+"""Share of the free memory of a GPU that weights may take; the rest is for cache and activations."""
+
+INT8_DTYPE = torch.bfloat16
+"""What int8 models compute in on a CPU. torch's kernel is vectorised for it alone: in float32 a row
+takes it about ten times as long."""
+FEW_ROWS = 8
+"""Up to here torch's int8 kernel is faster than dequantising and multiplying. Its time grows with
+the rows: one thread, bfloat16, 576 x 576 to 576 x 1536: a fifth of the other's time at 1 row, two
+thirds at 8, equal at 16 to 32; 576 x 49152: two thirds at 1, equal at about 6."""
+KERNEL_STEP = 32
+"""The kernel reads this many weights at once, and past the end of rows that are no multiple."""
+PIECE = 1 << 19
+"""Weights that are dequantised at once: as float32 they stay in a core's cache, so that 576 x 49152
+times a row takes half the time that the same product takes with float32 weights from memory."""
+
+
+# int8
+
+
+class Int8Linear(nn.Linear):
+    """A Linear whose weight is int8. Input (..., in_features), output (..., out_features) in the
+    input's dtype; differentiable with respect to the input, not to the weight.
+
+    `weight` is dequantised anew each time it is read: for code that looks at it, not for speed;
+    changing it in place has no effect.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None) -> None:
+        """weight: (out_features, in_features), of a floating dtype."""
+        nn.Module.__init__(self)  # Linear's own would make a weight of full size
+        self.out_features, self.in_features = weight.shape
+        quantized, scale = _rounded(weight)
+        self.quantized = nn.Parameter(quantized, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        return self.quantized.to(self.scale.dtype) * self.scale[:, None]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.reshape(-1, self.in_features)
+        scale = self.scale.to(input.dtype)
+        if self._suits_kernel(rows):
+            found = torch._weight_int8pack_mm(rows.contiguous(), self.quantized, scale)
+        else:
+            found = _Product.apply(rows, self.quantized, scale)
+        if self.bias is not None:
+            found = found + self.bias
+        return found.reshape(*input.shape[:-1], self.out_features)
+
+    def _suits_kernel(self, rows: torch.Tensor) -> bool:
+        return (
+            len(rows) <= FEW_ROWS
+            and rows.dtype == torch.bfloat16
+            and rows.device.type == "cpu"
+            and self.in_features % KERNEL_STEP == 0
+            and not (torch.is_grad_enabled() and rows.requires_grad)
+        )
+
+
+class Int8Experts(nn.Module):
+    """Stands where a stack of expert weights stood; indexing dequantises the experts asked for."""
+
+    scale: torch.Tensor
+
+    def __init__(self, stack: torch.Tensor, transposed: bool) -> None:
+        """stack: (experts, out, in), or (experts, in, out) if `transposed`."""
+        super().__init__()
+        self.transposed = transposed
+        pairs = [_rounded(each.T if transposed else each) for each in stack.detach()]
+        quantized, scale = (torch.stack(part) for part in zip(*pairs, strict=True))
+        self.quantized = nn.Parameter(quantized, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def __getitem__(self, expert: torch.Tensor | int) -> torch.Tensor:
+        weight = self.quantized[expert].to(self.scale.dtype) * self.scale[expert][..., None]
+        return weight.mT if self.transposed else weight
+
+
+class _Product(torch.autograd.Function):
+    """rows (n, in) times the transpose of quantized (out, in), times scale (out,).
+
+    Backward dequantises again, so that a graph does not hold every weight of the model as floats.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(quantized, scale)
+        # The sums before scaling can be too large for float16.
+        wide = rows.float() if rows.dtype == torch.float16 else rows
+        parts = [F.linear(wide, part.to(wide.dtype)) for part in _pieces(quantized)]
+        return (torch.cat(parts, -1) * scale).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        quantized, scale = ctx.saved_tensors
+        scaled = gradients[0] * scale
+        return scaled @ quantized.to(scaled.dtype), None, None
+
+
+def _rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 (out, in) and scale (out,) in the weight's dtype.
+
+    The scale is rounded to that dtype first, so that its rounding adds no error of its own."""
+    parts = []
+    for part in _pieces(weight.detach()):
+        scale = (part.float().abs().amax(-1) / 127).to(weight.dtype)
+        scale[scale == 0] = 1  # a row of zeros
+        levels = (part.float() / scale.float()[:, None]).round().clamp(-127, 127)
+        parts.append((levels.to(torch.int8), scale))
+    quantized, scales = zip(*parts, strict=True)
+    return torch.cat(quantized), torch.cat(scales)
+
+
+def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return weight.split(max(1, PIECE // weight.shape[1]))
+
+
+def quantize(
+    model: PreTrainedModel, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Make int8, in place, of every Linear and Conv1D, the head included, and of stacked experts.
+
+    Routers and gates of a mixture stay as they are: a wrong choice of expert costs more than the
+    bytes save. So does the input embedding; a head tied to it becomes an int8 copy of its own.
+    progress(done, total) comes before each one; an exception from it leaves the model half done.
+    """
+    # Names, not modules: a list of these would keep the old weights alive.
+    found = list(_quantizable(model))
+    experts = False
+    for done, (parent, name) in enumerate(found):
+        progress(done, len(found))
+        old = getattr(parent, name)
+        if isinstance(old, nn.Parameter):
+            delattr(parent, name)
+            setattr(parent, name, Int8Experts(old, parent.is_transposed))
+            experts = True
+        else:
+            weight = old.weight.T if isinstance(old, Conv1D) else old.weight
+            setattr(parent, name, Int8Linear(weight, old.bias).train(old.training))
+    if experts:
+        # transformers' loop over the chosen experts; its others want all weights in one tensor.
+        model.set_experts_implementation("eager")
+
+
+def _quantizable(parent: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(module, attribute) of all that can be int8, at any depth."""
+    if hasattr(parent, "has_gate"):  # transformers' mark of experts with exchangeable forwards
+        for name, stack in parent.named_parameters(recurse=False):
+            if stack.dim() == 3:
+                yield parent, name
+    for name, child in parent.named_children():
+        if _routes(name, child):
+            continue
+        # Exactly these: a subclass has a forward of its own that reads the weight.
+        if type(child) in (nn.Linear, Conv1D):
+            yield parent, name
+        else:
+            yield from _quantizable(child)
+
+
+def _routes(name: str, module: nn.Module) -> bool:
+    """Whether it chooses or weighs experts: `gate`, `shared_expert_gate`, `router`, but not
+    `gate_proj`, which is half of a feed-forward block."""
+    return bool(
+        re.search(r"(^|_)gate$|router", name) or re.search("Router|Gating", type(module).__name__)
+    )
+
+
+# bitsandbytes
+
+
+def bnb_config(kind: Quantization, compute: torch.dtype, double: bool) -> BitsAndBytesConfig:
+    """For `from_pretrained(quantization_config=...)`; CPU and CUDA.
+
+    compute: dtype of the products of nf4 and fp4; double: their scales are quantized as well.
+    Neither matters to int8-bnb. Raises: BadInput for another kind, or without bitsandbytes.
+    """
+    if kind not in ("nf4", "fp4", "int8-bnb"):
+        raise BadInput(f"Quantization {kind!r} is not one of bitsandbytes: nf4, fp4, int8-bnb.")
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).addFilter(_worth_saying)
+    if not is_bitsandbytes_available():
+        raise BadInput(
+            f"Quantization {kind!r} needs the package bitsandbytes, which is not installed here; "
+            "int8 works without it."
+        )
+    if kind == "int8-bnb":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_use_double_quant=double,
+    )
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """bitsandbytes warns of a cast in every layer of every step, and of a package not needed."""
+    return not str(record.msg).startswith(
+        ("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward")
+    )
+
+
+# Choosing and reporting
+
+
+def auto(device: torch.device, bf16_bytes: int, free_bytes: int) -> Quantization:
+    """What "auto" means. bf16_bytes: of all weights in bfloat16; free_bytes: on that device."""
+    if device.type == "cpu":
+        return "int8"
+    if device.type == "cuda" and bf16_bytes > COMFORT * free_bytes:
+        return "nf4"
+    return "none"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a model's weights take.
+
+    bytes: all parameters and buffers, and the scales that bitsandbytes keeps beside them.
+    unquantized: share (0 to 1) of the weights, by number, that are still floats; kept: the names of
+    those, the largest first, with `*` for the number of a layer.
+    """
+
+    bytes: int
+    unquantized: float
+    kept: tuple[str, ...]
+
+
+def weights(model: nn.Module) -> Weights:
+    """Tensors that two modules share count once."""
+    total, kept = 0, dict[str, int]()
+    size = sum(buffer.nbytes for buffer in model.buffers())
+    for name, value in model.named_parameters():
+        state = getattr(value, "quant_state", None)  # of a packed 4-bit weight
+        count = state.shape.numel() if state else value.numel()
+        size += value.nbytes + _beside(state)
+        total += count
+        if value.is_floating_point():
+            group = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            kept[group] = kept.get(group, 0) + count
+    for module in model.modules():
+        size += _row_scales(module)
+    names = sorted(kept, key=lambda group: -kept[group])
+    return Weights(size, sum(kept.values()) / total, tuple(names))
+
+
+def _beside(state: Any) -> int:
+    """Bytes of the tensors in a 4-bit weight's state, and in that of its quantized scales."""
+    if state is None:
+        return 0
+    tensors = [each for each in vars(state).values() if isinstance(each, torch.Tensor)]
+    return sum(each.nbytes for each in tensors) + _beside(getattr(state, "state2", None))
+
+
+def _row_scales(module: nn.Module) -> int:
+    """Bytes of the scales of an LLM.int8() layer; its first pass moves them to its own state."""
+    weight = getattr(module, "_parameters", {}).get("weight")
+    holders = (weight, getattr(module, "state", None))
+    return sum(
+        scales.nbytes for holder in holders if (scales := getattr(holder, "SCB", None)) is not None
+    )
