@@ -11,8 +11,9 @@ from analyzers.params import ModelRef
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from analyzers.engine.core import Cursor, Engine
+    from analyzers.engine.core import Engine
     from analyzers.engine.cost import Cost
+    from analyzers.engine.values import Cursor
 
 
 class Kept(Protocol):

@@ -59,6 +59,7 @@ def _page(args: argparse.Namespace) -> int:
         browser=not args.no_browser,
         model=_model_choice(args),
         password=os.environ.get("CANDOR_PASSWORD", ""),
+        remote_code=args.allow_remote_code,
     )
     return DONE
 
@@ -85,7 +86,8 @@ def _run(args: argparse.Namespace) -> int:
         model=_model_choice(args),
     )
     with _store() as store:
-        runner = Runner(store)
+        # A measuring would be broken off by the end; what the page has measured is used.
+        runner = Runner(store, remote_code=args.allow_remote_code, measure=False)
         try:
             run = runner.submit(job)
             for update in run.updates():
@@ -227,16 +229,46 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="M", help="built-in name, folder or .gguf file")
-    parser.add_argument("--quantization", default="none", metavar="Q")
-    parser.add_argument("--dtype", default="auto", metavar="D")
-    parser.add_argument("--device", default="auto")
+    model = parser.add_argument_group("the model")
+    model.add_argument(
+        "--model", metavar="M", help="built-in name, folder, .gguf file, or org/name on the hub"
+    )
+    model.add_argument(
+        "--quantization",
+        default="auto",
+        metavar="Q",
+        help="auto, none, int8 (CPU), or nf4, fp4, int8-bnb (bitsandbytes)",
+    )
+    model.add_argument(
+        "--dtype", default="auto", metavar="D", help="auto, float32, bfloat16, float16"
+    )
+    model.add_argument(
+        "--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:N, mps, split"
+    )
+    model.add_argument(
+        "--compute", default="auto", metavar="D", help="dtype in which nf4 and fp4 multiply"
+    )
+    model.add_argument(
+        "--no-double", action="store_true", help="nf4 and fp4: keep their scales unquantized"
+    )
+    model.add_argument(
+        "--allow-remote-code",
+        action="store_true",
+        help="run code that comes with a model; only for a model whose code you have read",
+    )
 
 
 def _model_choice(args: argparse.Namespace) -> Any:
     from app.runner import DEFAULT, ModelChoice
 
-    return ModelChoice(args.model or DEFAULT, args.quantization, args.dtype, args.device)
+    return ModelChoice(
+        args.model or DEFAULT,
+        quantization=args.quantization,
+        dtype=args.dtype,
+        device=args.device,
+        double=not args.no_double,
+        compute=args.compute,
+    )
 
 
 def _prompt(args: argparse.Namespace) -> str:

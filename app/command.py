@@ -10,7 +10,8 @@ from analyzers.trace import Event, RunStarted
 def as_command(events: Iterable[Event]) -> str:
     """`python3 launch.py run ...` with prompt, settings, seed and model; "" before a run started.
 
-    A fork off another run is not repeated as a fork: the command writes from the prompt.
+    A fork off another run is not repeated as a fork: the command writes from the prompt. It never
+    allows a model to run its own code: the run may come from somebody else.
     """
     started = next((event for event in events if isinstance(event, RunStarted)), None)
     if started is None:
@@ -21,8 +22,12 @@ def as_command(events: Iterable[Event]) -> str:
     for name, value in started.params.items():
         words += ["--set", f"{name}={_plain(value)}"]
     words += ["--seed", str(started.seed), f"--model={started.model['name']}"]
-    words += ["--quantization", str(started.model.get("quantization", "none"))]
-    words += ["--dtype", str(started.model.get("dtype", "auto"))]
+    for option in ("quantization", "dtype", "device"):
+        words += [f"--{option}", str(started.model.get(option, "auto"))]
+    if "compute" in started.model:
+        words += ["--compute", str(started.model["compute"])]
+    if not started.model.get("double", True):
+        words += ["--no-double"]
     return shlex.join(words)
 
 

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from analyzers.engine.adapters import FAMILIES, attention_implementation, parts
 from analyzers.errors import ModelUnfit
@@ -206,6 +206,36 @@ def test_a_family_that_is_not_in_the_table_is_found_by_structure(family, monkeyp
     by_structure = parts(model)
     for field in vars(listed):
         assert same(getattr(listed, field), getattr(by_structure, field)), field
+
+
+@pytest.mark.parametrize("family", tiny.UNLISTED)
+def test_the_readout_of_a_family_found_by_structure(family):
+    assert family not in FAMILIES
+    test_the_readout_of_the_last_block_is_the_models_logits(tiny.model(family))
+
+
+def test_what_is_known_of_families_found_by_structure():
+    assert parts(tiny.model("starcoder2")).sliding == (True, True, True)
+    olmo = parts(tiny.model("olmo3"))
+    assert olmo.sliding == (True, False, True) and olmo.mask_by_type
+    assert not parts(tiny.model("bloom")).tree  # ALiBi, without a switch in its configuration
+    glm = tiny.model("glm4_moe")
+    assert parts(glm).routers == {at: glm.model.layers[at].mlp.gate for at in (1, 2)}
+
+
+def test_a_recurrent_layer_takes_the_place_of_attention():
+    for family, named in (("qwen3_next", "linear_attn"), ("lfm2", "conv")):
+        model = tiny.model(family)
+        first, second, third = model.model.layers
+        expected = (getattr(first, named), second.self_attn, getattr(third, named))
+        assert same(parts(model).attention, expected)
+
+
+def test_a_model_that_keeps_no_past_is_refused():
+    """RWKV hands its state around under a name of its own."""
+    config = AutoConfig.for_model("rwkv", hidden_size=32, num_hidden_layers=3, vocab_size=8)
+    with pytest.raises(ModelUnfit, match="keeps no past"):
+        parts(AutoModelForCausalLM.from_config(config))
 
 
 def unlisted(monkeypatch, **changes):

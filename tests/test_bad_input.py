@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from analyzers.engine import Engine, load
 from analyzers.errors import (
@@ -45,12 +46,13 @@ def folder(saved, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def unasked(monkeypatch):
-    """Loading never waits for an answer on the console."""
+    """Loading never waits for an answer on the console, nor for the hub."""
 
     def asked(prompt: str = "") -> str:
         raise AssertionError(f"the console was asked: {prompt}")
 
     monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def refusal(ref: str | Path, error: type[Exception]) -> str:
@@ -69,7 +71,7 @@ def edit(path: Path, **changes: object) -> None:
 
 
 def test_an_undamaged_folder_loads_exactly(folder, tiny_engine):
-    engine = load(str(folder))
+    engine = load(str(folder), quantization="none")
     ids = engine.encode(Task("Hello"))
     assert ids == tiny_engine.encode(Task("Hello"))
     found, wanted = (each.step(each.prefill(ids)).raw for each in (engine, tiny_engine))
@@ -153,21 +155,19 @@ def test_an_unknown_architecture_is_named(folder):
     assert "perpetuum" in refusal(folder, ModelBroken)
 
 
-def test_an_architecture_that_is_not_in_the_table_is_named(tmp_path):
-    from transformers import OPTConfig, OPTForCausalLM
+def test_an_architecture_that_does_not_fit_is_named(tmp_path):
+    from transformers import CTRLConfig, CTRLLMHeadModel
 
-    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
-    config = OPTConfig(vocab_size=261, num_attention_heads=2, max_position_embeddings=32, **sizes)
-    OPTForCausalLM(config).save_pretrained(tmp_path)
+    sizes = {"n_positions": 32, "n_embd": 16, "dff": 16, "n_layer": 1, "n_head": 2}
+    CTRLLMHeadModel(CTRLConfig(vocab_size=261, **sizes)).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    sentence = refusal(tmp_path, ModelUnfit)
-    assert "'opt' is not supported" in sentence and "llama" in sentence
+    assert "'ctrl' does not fit" in refusal(tmp_path, ModelUnfit)
 
 
 def test_a_model_without_a_tokenizer_is_broken(folder):
     for path in folder.glob("token*"):
         path.unlink()
-    refusal(folder, ModelBroken)
+    assert "has no tokenizer" in refusal(folder, ModelBroken)
 
 
 def test_a_whole_gguf_loads_and_one_without_a_model_in_it_does_not(tmp_path):
@@ -208,8 +208,9 @@ def test_a_damaged_gguf_is_broken(tmp_path, damage):
 
 def test_unknown_settings_name_the_known_ones(folder):
     for options, known in (
-        ({"quantization": "q2"}, "available: none"),
+        ({"quantization": "q2"}, "auto, none, int8, nf4, fp4, int8-bnb, not 'q2'"),
         ({"dtype": "int3"}, "float32, bfloat16, float16"),
+        ({"compute": "int3"}, "float32, bfloat16, float16"),
         ({"device": "abacus"}, "'abacus' is not available"),
     ):
         with pytest.raises(BadInput, match=known):

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 
 from analyzers import registry
 from analyzers.card import Card
-from analyzers.engine import load
+from analyzers.engine import Engine, load
+from analyzers.engine.quantization import Quantization
 from analyzers.home import database_path
 from analyzers.params import build
 from analyzers.registry import Method
@@ -184,6 +187,31 @@ def test_a_model_that_is_not_there_is_one(call, monkeypatch):
     assert call(*RUN, "--device", "abacus")[0] == 2
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_code_of_a_model_runs_only_with_the_flag(call, monkeypatch, own_engine, allowed):
+    given = []
+
+    def loads(ref: str, **options: object) -> Engine:
+        given.append(options["remote_code"])
+        return own_engine
+
+    monkeypatch.setattr("app.runner.load", loads)
+    assert call(*RUN, *(["--allow-remote-code"] if allowed else []))[0] == 0
+    assert given == [allowed]
+    served = {}
+    monkeypatch.setattr("app.page.main.serve", lambda **options: served.update(options))
+    assert call("page", *(["--allow-remote-code"] if allowed else []))[0] == 0
+    assert served["remote_code"] is allowed and served["model"] == ModelChoice()
+
+
+def test_the_help_names_every_quantization(call, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        call("run", "--help")
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"[ (]{kind}[, )]", shown) for kind in get_args(Quantization))
+
+
 def test_an_interrupt_stops_the_run_and_records_its_ending(call, monkeypatch):
     def interrupt(event: object) -> None:
         raise KeyboardInterrupt
@@ -286,7 +314,7 @@ class Submitted(Exception):
 class OnlySubmits:
     """A runner that runs nothing."""
 
-    def __init__(self, store: object) -> None:
+    def __init__(self, store: object, **options: object) -> None:
         pass
 
     def submit(self, job: Job) -> None:
@@ -317,6 +345,9 @@ def started(draw) -> RunStarted:
     knobs = {"temperature": draw(st.floats(0, 2)), "stop": draw(HOSTILE), "top_k": 7}
     params = build(method.params, knobs if method.name == "sampling" else {})
     model = {"name": draw(FILLED), "hash": "1", "quantization": "none", "dtype": "float32"}
+    model["device"] = draw(st.sampled_from(["cpu", "cuda:1", "split"]))
+    if draw(st.booleans()):
+        model |= {"quantization": "nf4", "double": draw(st.booleans()), "compute": "bfloat16"}
     seed = draw(st.integers(0, 2**31 - 1))
     return RunStarted(method.name, model, prompt, (1,), vars(params), seed, prefix)
 
@@ -331,7 +362,9 @@ def test_the_copied_command_makes_the_same_run(event):
     assert job.method == event.method and job.seed == event.seed and job.fork is None
     assert job.task == Task(event.prompt, prefix=event.prefix)
     assert build(method.params, job.params) == build(method.params, event.params)
-    assert job.model == ModelChoice(event.model["name"], "none", "float32", "auto")
+    kinds = ("quantization", "dtype", "device", "double", "compute")
+    given = {name: event.model[name] for name in kinds if name in event.model}
+    assert job.model == ModelChoice(event.model["name"], **given)
 
 
 def test_the_copied_command_survives_a_real_shell():
@@ -340,6 +373,13 @@ def test_the_copied_command_survives_a_real_shell():
     command = as_command([event]).replace("python3 launch.py", "printf '%s\\0'")
     out = subprocess.run(["sh", "-c", command], capture_output=True, check=True).stdout.decode()
     assert f"--prompt={hostile}" in out.split("\0")
+
+
+def test_a_copied_command_never_lets_a_model_run_its_own_code():
+    model = {"name": "m", "quantization": "none", "device": "cpu", "remote_code": True}
+    command = as_command([RunStarted("sampling", model, "hi", None, {}, 1)])
+    assert "remote" not in command
+    assert "--quantization none --dtype auto --device cpu" in command
 
 
 def test_there_is_no_command_before_a_run_has_begun():

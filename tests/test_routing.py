@@ -69,7 +69,7 @@ def close(one, other, within=1e-5):
     torch.testing.assert_close(one, other, rtol=within, atol=within)
 
 
-# The card's own case
+# A case worked by hand
 
 
 def by_hand(weights, policy, family="mixtral", **config):
@@ -140,6 +140,13 @@ def test_as_many_experts_as_the_model_takes_gives_its_own_logits(model):
     for (_, own_weights, own_experts), (_, weights, experts) in seen:
         assert weights.dtype == own_weights.dtype and experts.dtype == own_experts.dtype
         assert torch.equal(experts.sort(-1)[0], own_experts.sort(-1)[0])
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "flex_olmo", "glm4_moe"])
+def test_families_found_by_structure_are_routed_too(family):
+    model = tiny.model(family)
+    close(logits(model, [top(2)]), model(input_ids=IDS).logits, 1e-3)  # a recurrence magnifies
+    assert (logits(model, [rank(2)]) - model(input_ids=IDS).logits).abs().max() > 1e-2
 
 
 def test_another_policy_changes_the_logits(model):
@@ -297,10 +304,10 @@ def test_policies_that_a_model_cannot_follow_are_refused(policy: Policy, why: st
 
 def test_a_family_whose_rule_is_unknown_is_refused():
     """Its own routing is left alone."""
-    config = AutoConfig.for_model("glm4_moe")
+    config = AutoConfig.for_model("phimoe")
     assert not routable(config)
     assert routable(AutoConfig.for_model("mixtral"))
     output = (torch.zeros(1, 4), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long))
     assert reroute(nn.Module(), config, output, [DEFAULT]) is output
-    with pytest.raises(ModelLacks, match="glm4_moe"):
+    with pytest.raises(ModelLacks, match="phimoe"):
         reroute(nn.Module(), config, output, [top(1)])

@@ -92,6 +92,7 @@ _MOE: dict[str, dict[str, Any]] = {
         "sliding_window": WINDOW,
         "head_dim": 8,
         "num_local_experts": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     },
     "deepseek_v3": {
         **ROUTED,
@@ -108,7 +109,37 @@ _MOE: dict[str, dict[str, Any]] = {
         "v_head_dim": 10,
     },
 }
-DENSE, MOE = tuple(_DENSE), tuple(_MOE)
+# Not in the table of adapters: these are found by their structure.
+_UNLISTED: dict[str, dict[str, Any]] = {
+    "starcoder2": {**GROUPED, "sliding_window": WINDOW},
+    "olmo3": {**GROUPED, **TYPES, "sliding_window": WINDOW},
+    "bloom": {},
+    "lfm2": {**GROUPED, "block_ff_dim": 64, "layer_types": ["conv", "full_attention", "conv"]},
+    "flex_olmo": {**ROUTED, "num_experts": 8},
+    "glm4_moe": {
+        **ROUTED,
+        **SMALL,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "head_dim": 8,
+    },
+    "qwen3_next": {
+        **ROUTED,
+        **SMALL,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 16,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+}
+DENSE, MOE, UNLISTED = tuple(_DENSE), tuple(_MOE), tuple(_UNLISTED)
 FAMILIES = DENSE + MOE
 
 
@@ -154,7 +185,7 @@ def model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedMod
 
 def _build(family: str, changes: dict[str, Any]) -> PreTrainedModel:
     name = "gemma3_text" if family == "gemma3" else family
-    config = AutoConfig.for_model(name, **SIZES | (_DENSE | _MOE)[family] | changes)
+    config = AutoConfig.for_model(name, **SIZES | (_DENSE | _MOE | _UNLISTED)[family] | changes)
     return AutoModelForCausalLM.from_config(
         config, attn_implementation=attention_implementation(config)
     )

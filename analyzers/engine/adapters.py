@@ -118,6 +118,8 @@ def parts(model: PreTrainedModel) -> Parts:
             f"{_family(model)}: its head reads {head.in_features} numbers, "
             f"its blocks write {width}."
         )
+    if not {"past_key_values", "cache_params"} & set(inspect.signature(model.forward).parameters):
+        raise ModelUnfit(f"{_family(model)}: it keeps no past that the engine could hold.")
     names = FAMILIES.get(config.model_type) or _by_structure(model)
     blocks = _part(model, names.blocks)
     if not isinstance(blocks, nn.ModuleList):

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLa
 from analyzers.engine import lora
 from analyzers.engine.adapters import parts
 from analyzers.engine.cache import GrowingLayer, Past, StatePast
+from analyzers.engine.flat import Flat
 from analyzers.engine.masks import Mask
 from analyzers.engine.passes import Pass, Passes
 from analyzers.engine.text import Vocabulary, encodable
@@ -49,6 +50,7 @@ class Base:
         self._ends = _end_ids(model, tokenizer)
         self._parts = parts(model)
         self._passes = Passes(model, self._parts)
+        self._flat = Flat.of(model, self._parts)
         self._adapters: dict[str, lora.Adapter] = {}
         self._recurrent = _has_state(self._library_cache())
 

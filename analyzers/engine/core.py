@@ -4,6 +4,7 @@
 `looking` opens the layers. Options belong to the call; nothing of a run stays in the model.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from analyzers.card import Need
 from analyzers.engine.adapters import FAMILIES
 from analyzers.engine.looking import Looking
+from analyzers.engine.routing import routable
 from analyzers.engine.scoring import Scoring
 from analyzers.engine.trees import Tree
+from analyzers.engine.values import PLAIN, PLAIN_FILTERS
 from analyzers.errors import ModelUnfit
+
+log = logging.getLogger(__name__)
 
 ALWAYS: frozenset[Need] = frozenset(
     {"text", "logits", "top_logprobs", "layers", "fork", "gradients"}
@@ -39,7 +44,7 @@ class Engine(Scoring, Looking):
             self.can |= {"attention"}
         if self._parts.tree and not self._recurrent:
             self.can |= {"tree"}
-        if self._parts.routers:
+        if self._parts.routers and routable(model.config):
             self.can |= {"routing"}
         self._check_sizes()
         with torch.inference_mode():
@@ -57,24 +62,31 @@ class Engine(Scoring, Looking):
             )
 
     def _check_readout(self) -> None:
-        """Unembedding the last hidden state must give the model's own logits."""
+        """Unembedding the last hidden state must give the model's own logits, and so must the
+        step that is written out, or it is not used."""
         cursor = self.prefill([1 % self.vocabulary.size, 2 % self.vocabulary.size])
-        step = self.step(cursor, taps=range(self.layers + 1))
+        taps = range(self.layers + 1)
+        step = self._module_step(cursor, (), PLAIN_FILTERS, taps, PLAIN)
         again = self.unembed(step.hidden[self.layers])
-        self._expect_equal(again, step.raw, "its logits are not the readout of its last layer")
+        if not self._equal(again, step.raw):
+            raise self._unfit("its logits are not the readout of its last layer")
+        if self._flat is not None and not self._equal(self.step(cursor).raw, step.raw):
+            log.warning("%s is stepped through its modules", self.identity["name"])
+            self._flat = None
 
     def _check_tree(self) -> None:
         """A drafted branch must say what the same text says by itself."""
         ids = [id % self.vocabulary.size for id in (1, 2, 3, 4, 5)]
         checked = self.verify(self.prefill(ids[:2]), Tree((ids[2], ids[3], ids[4]), (-1, -1, 1)))
         alone = self.step(self.prefill([*ids[:2], ids[3], ids[4]]))
-        self._expect_equal(checked.step(2).raw, alone.raw, "it takes no mask for drafts")
+        if not self._equal(checked.step(2).raw, alone.raw):
+            raise self._unfit("it takes no mask for drafts")
 
-    def _expect_equal(self, found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    def _equal(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
         off = float((found - expected).abs().max())
         # In half precisions the same product of another shape is rounded otherwise.
         close = max(1e-3, 8 * torch.finfo(self.model.dtype).eps)
-        if not off <= close * (1 + float(expected.abs().max())):
-            raise ModelUnfit(
-                f"{self.identity['name']} does not fit: {what} (they differ by {off:.3g})."
-            )
+        return off <= close * (1 + float(expected.abs().max()))
+
+    def _unfit(self, what: str) -> ModelUnfit:
+        return ModelUnfit(f"{self.identity['name']} does not fit the engine: {what}.")

@@ -7,7 +7,7 @@ clock, so that the same seed and the same table give the same run.
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +30,8 @@ ROUNDS = 5
 STEPS = 3
 """Steps in a round: the unit of everything else is worth more samples."""
 PREFILLS = 3
+SECONDS = 3.0
+"""After which no further round begins, of steps as of prefills: a slow model is measured less."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Cost:
 
 
 def measure(engine: Engine, poll: Callable[[], None]) -> Cost:
-    """Medians of a few rounds, alternating what is compared; 2 to 4 s on the default model.
+    """Medians of a few rounds, alternating what is compared; about 3 s on the default model.
 
     Where the model's window is too small for a number of tokens, that number is left out.
     Raises: whatever `poll` raises, which is asked before every pass. The engine is left as it was.
@@ -95,14 +97,14 @@ def _measure(engine: Engine) -> Cost:
     past = min(PAST, len(ids) // 2)
     cursor = engine.prefill(ids[:past])
     taken: dict[int, list[float]] = {n: [] for n in AT_ONCE if past + n <= engine.context}
-    for warm in range(ROUNDS + 1):  # the first pass of a shape pays for its buffers and kernels
+    for warm in _rounds(ROUNDS):
         for n, times in taken.items():
             for _ in range(STEPS if n == 1 else 1):
                 seconds = _timed(partial(_pass, engine, cursor, ids[:n]))
                 engine.rewind(cursor, past)
                 times += [seconds] if warm else []
     # A prefill leaves its last token pending.
-    prefills = [_timed(partial(engine.prefill, ids)) for _ in range(PREFILLS + 1)][1:]
+    prefills = [_timed(partial(engine.prefill, ids)) for _ in _rounds(PREFILLS)][1:]
     step = median(taken[1])
     return Cost(
         step_ms=round(1e3 * step, 3),
@@ -110,6 +112,16 @@ def _measure(engine: Engine) -> Cost:
         prefill=round((len(ids) - 1) / median(prefills), 1),
         memory=engine.memory,
     )
+
+
+def _rounds(count: int) -> Iterator[bool]:
+    """False for the first one, which pays for buffers and kernels and does not count; then True up
+    to `count` times, and at least once."""
+    began = time.perf_counter()
+    for done in range(count + 1):
+        if done > 1 and time.perf_counter() - began > SECONDS:
+            return
+        yield done > 0
 
 
 def _pass(engine: Engine, cursor: Cursor, ids: list[int]) -> None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from analyzers.engine.cache import Past
+from analyzers.engine.cache import GrowingLayer, Past
 from analyzers.engine.masks import masks
 from analyzers.engine.passes import Pass
 from analyzers.engine.values import PLAIN, Cursor, Options
 from analyzers.engine.writing import Writing
-from analyzers.errors import BadInput, ModelLacks
+from analyzers.errors import BadInput, ModelBroken, ModelLacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +64,14 @@ class Looking(Writing):
         first, last = layers
         if not 0 <= first < last <= self.layers:
             raise BadInput(f"There are no layers {first} to {last}: the model has {self.layers}.")
-        new, done, past = len(hidden), 0, None
+        new, done, cache = len(hidden), 0, None
+        cached: list[GrowingLayer] = []
         if cursor is not None and isinstance(cursor.past, Past):
             self._settle(cursor)
-            past = cursor.past
-            done = past.length(
-                [i for i in range(first, last) if (i + 1, "attention") not in options.skip]
-            )
+            cache = cursor.past
+            attending = [i for i in range(first, last) if (i + 1, "attention") not in options.skip]
+            done = cache.length(attending)
+            cached = [cache.layers[index] for index in attending]
         at = list(range(done, done + new)) if positions is None else list(positions)
         self._check_room(max(at, default=0) + 1)
         columns = torch.arange(done + new, device=self._device)
@@ -84,16 +85,13 @@ class Looking(Writing):
         this = self._pass(options, (last,), first=first, last=last, given=given)
         assert this is not None  # it has a tap
         self.poll()
-        cached = past.layers[first:last] if past else []
-        for layer in cached:  # one that ran ahead of the others in this range starts over
-            layer.length = min(layer.length, done)
-        before = [layer.length for layer in cached]
         try:
-            cache = past.cache if past else None
+            for layer in cached:  # one that ran ahead of the others in this range starts over
+                layer.length = done
             self._passes.run(this, cache, where, embeddings=states, mask=additive)
         except BaseException:
-            for layer, length in zip(cached, before, strict=True):
-                layer.length = length
+            for layer in cached:
+                layer.length = done
             raise
         return this.hidden[last][0]
 
@@ -126,10 +124,11 @@ class Looking(Writing):
         this = Pass(self.layers, weights=True)
         with self._eager():
             self._run(this, aside.past.cache, [cursor.ids[pos : pos + 1]], [[pos]], 1)
-        if len(this.attention) < self.layers:
+        found = [weights for weights in this.attention.values() if weights is not None]
+        if len(found) < self.layers:
             raise ModelLacks(f"{self.identity['name']} does not give its attention weights.")
-        rows = [weights[0, :, -1].float() for weights in this.attention.values()]
-        return self._finite(torch.stack(rows), cursor.ids[: pos + 1])
+        rows = torch.stack([weights[0, :, -1].float() for weights in found])
+        return self._finite(rows, cursor.ids[: pos + 1])
 
     def gradients(
         self,
@@ -159,16 +158,14 @@ class Looking(Writing):
                 logits = self._passes.run(None, None, where, embeddings=given[None], keep=0)
             except (NotImplementedError, RuntimeError) as error:
                 raise self._no_gradients(error) from error
-            value = objective(logits[0].float())  # its errors are its own
+            value = objective(self._finite(logits[0].float(), ids))  # its errors are its own
             try:
                 (gradient,) = torch.autograd.grad(value, given)
             except (NotImplementedError, RuntimeError) as error:
                 raise self._no_gradients(error) from error
-        return Gradients(
-            float(self._finite(value.detach(), ids)),
-            given.detach().float(),
-            self._finite(gradient.float(), ids),
-        )
+        if not gradient.isfinite().all():
+            raise ModelBroken("The gradients are not finite; the precision may be too low.")
+        return Gradients(float(value.detach()), given.detach().float(), gradient.float())
 
     # Inside
 

@@ -1,7 +1,9 @@
 """LoRA adapters: read from PEFT's files, added where they belong for the calls that name them.
 
 Source: Hu et al. 2021 (arXiv:2106.09685): W x + (alpha / r) B A x; file format of PEFT
-(adapter_config.json and adapter_model.safetensors). rsLoRA divides by sqrt(r) instead of r.
+(adapter_config.json and adapter_model.safetensors). rsLoRA (Kalajdzievski 2023,
+arXiv:2312.03732) divides by sqrt(r) instead of r. Anything else in the files (DoRA, trained biases,
+whole modules, ranks or alphas of single modules) is refused rather than left out.
 """
 
 import json
@@ -19,6 +21,8 @@ from torch import nn
 from analyzers.errors import ModelBroken, ModelNotFound, ModelUnfit
 
 PREFIX = "base_model.model."
+# Settings that ask for more than W x + scale B A x.
+BEYOND = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +43,11 @@ class Adapter:
 
 
 def read_adapter(folder: str, model: nn.Module) -> Adapter:
-    """Raises: ModelNotFound without the two files; ModelBroken when they cannot be read;
-    ModelUnfit when the adapter is of another kind or does not match the model."""
+    """The adapter in PEFT's `folder`, checked against the modules of `model`.
+
+    Raises: ModelNotFound without the two files; ModelBroken when they cannot be read or hold
+    numbers that are not finite; ModelUnfit when the adapter is of another kind or does not match
+    the model."""
     path = Path(folder).expanduser()
     settings_file, weights_file = path / "adapter_config.json", path / "adapter_model.safetensors"
     if not settings_file.is_file() or not weights_file.is_file():
@@ -49,35 +56,46 @@ def read_adapter(folder: str, model: nn.Module) -> Adapter:
             "adapter_model.safetensors."
         )
     try:
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+        settings = dict(json.loads(settings_file.read_text(encoding="utf-8")))
         tensors = load_file(weights_file)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ModelBroken(f"The adapter in {folder} could not be read ({error}).") from error
-    if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
+    if settings.get("peft_type") != "LORA" or any(settings.get(more) for more in BEYOND):
         raise ModelUnfit(f"The adapter in {folder} is not a plain LoRA adapter.")
+    try:
+        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelBroken(
+            f"The adapter in {folder} does not say its rank r and its lora_alpha."
+        ) from error
     pairs = {}
     for key in tensors:
-        if key.endswith(".lora_A.weight"):
-            name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            b = tensors.get(key.replace(".lora_A.", ".lora_B."))
-            pairs[name] = _fitting(name, tensors[key], b, model)
+        name, found, side = key.removeprefix(PREFIX).partition(".lora_")
+        if side not in ("A.weight", "B.weight") or f"{PREFIX}{name}{found}A.weight" not in tensors:
+            raise ModelUnfit(f"The adapter in {folder} is not a plain LoRA adapter: it has {key}.")
+        b = tensors.get(f"{PREFIX}{name}{found}B.weight")
+        if side == "A.weight":
+            pairs[name] = _fitting(name, tensors[key], b, rank, model)
     if not pairs:
         raise ModelUnfit(f"The adapter in {folder} holds no LoRA matrices.")
-    rank = int(settings["r"])
-    scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    return Adapter(path.name, pairs, float(scale))
+    return Adapter(path.name, pairs, scale)
 
 
 def _fitting(
-    name: str, a: torch.Tensor, b: torch.Tensor | None, model: nn.Module
+    name: str, a: torch.Tensor, b: torch.Tensor | None, rank: int, model: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise ModelUnfit(f"The adapter changes {name}, which this model does not have.") from None
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    if b is None or (a.shape[1], b.shape[0]) != sizes:
+    # GPT-2's Conv1D is a linear layer that calls its sizes nx and nf.
+    inner = getattr(module, "in_features", getattr(module, "nx", None))
+    outer = getattr(module, "out_features", getattr(module, "nf", None))
+    if b is None or a.shape != (rank, inner) or b.shape != (outer, rank):
         raise ModelUnfit(f"The adapter's matrices for {name} do not have the model's sizes.")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ModelBroken(f"The adapter's matrices for {name} are not finite.")
     return a.float(), b.float()
 
 

@@ -10,18 +10,19 @@ import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import psutil
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from analyzers.engine import quantization as quantizing
+from analyzers.engine.quantization import Quantization
 from analyzers.engine.sources import Source
 from analyzers.errors import BadInput, ModelBroken, ModelTooLarge
 
@@ -34,7 +35,7 @@ ALLOWANCE = 1.05
 HEADER_MOST = 100_000_000
 
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
-TABLES = re.compile(r"embed|wte|wpe|token_types")
+TABLES = re.compile(r"embed|embd|wte|wpe")
 # Left in float: a wrong choice of expert costs more than the bytes.
 ROUTERS = re.compile(r"(^|\.)(gate|router|ffn_gate_inp|shared_expert_gate|router\.proj)\.weight$")
 EXPERTS = re.compile(r"\.experts\.|_exps\.")
@@ -47,22 +48,28 @@ class Tensor(NamedTuple):
     bytes: int  # in the file
 
 
+class Group(NamedTuple):
+    """Weights of one kind, and the output rows that they have together."""
+
+    parameters: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class Headers:
-    """What the headers say; numbers of parameters, except `bytes` by the file's names of dtypes.
+    """What the headers say.
 
-    tied: the head is the embedding. head: of the head, also when it is tied. matrices: of the
-    linear layers, without the head, routers and experts, which a quantization leaves; rows: their
-    output rows. largest: of the largest tensor.
+    parameters: of all tensors; bytes: in the files, by their names of dtypes. tied: the head is the
+    embedding. matrices: the linear layers without the head, the experts of a mixture and what
+    chooses among them. largest: parameters of the largest tensor.
     """
 
     parameters: int
     bytes: Mapping[str, int]
     tied: bool
-    head: int
-    head_rows: int
-    matrices: int
-    rows: int
+    head: Group
+    matrices: Group
+    experts: Group
     largest: int
 
 
@@ -74,7 +81,7 @@ class Plan:
     while loading. loads_as: the dtype in which the weights arrive before a quantization.
     """
 
-    quantization: str
+    quantization: Quantization
     dtype: torch.dtype
     device: torch.device
     split: bool
@@ -110,14 +117,15 @@ def plan(
     """
     where = check_settings(quantization, dtype, device)
     found = headers(source)
-    if quantization == "auto":
-        quantization = quantizing.auto(where, 2 * found.parameters, free(where))
-    _check_possible(source, quantization, where, device == "split")
-    made = _sized(found, quantization, _dtype(dtype, where, quantization), where, double)
+    chosen = cast(Quantization, quantization)
+    if chosen == "auto":
+        chosen = quantizing.auto(where, 2 * found.parameters, free(where))
+    _check_possible(source, chosen, where, device == "split")
+    made = _sized(found, chosen, _dtype(dtype, where, chosen), where, double)
     if source.gguf:  # unpacked as a whole before the model takes it
         made = replace(made, peak=made.peak + sum(found.bytes.values()))
     too_much = device == "auto" and where.type == "cuda" and made.peak > free(where)
-    return replace(made, split=device == "split" or (too_much and quantization != "int8"))
+    return replace(made, split=device == "split" or (too_much and chosen != "int8"))
 
 
 def predict(
@@ -151,7 +159,7 @@ def check(source: Source, made: Plan) -> None:
     found = headers(source)
     smaller = [
         each
-        for choice in quantizing.CHOICES
+        for choice in quantizing.QUANTIZATIONS
         if choice not in ("auto", "none", made.quantization)
         and _possible(source, choice, made.device, made.split)
         and (each := _sized(found, choice, made.dtype, made.device, made.double)).peak <= room
@@ -166,7 +174,7 @@ def check(source: Source, made: Plan) -> None:
 
 def check_settings(quantization: str, dtype: str, device: str) -> torch.device:
     """The device. Raises: BadInput that names the known values, or for a device not here."""
-    check_choice("quantization", quantization, quantizing.CHOICES)
+    check_choice("quantization", quantization, quantizing.QUANTIZATIONS)
     check_choice("dtype", dtype, ("auto", *DTYPES))
     return device_of(device)
 
@@ -197,10 +205,12 @@ def device_of(device: str) -> torch.device:
 
 
 def _dtype(dtype: str, device: torch.device, quantization: str) -> torch.dtype:
-    """bitsandbytes computes in bfloat16 anyway; the CPU is exact and not slower in float32."""
+    """bitsandbytes computes in bfloat16 anyway; plain weights are exact on the CPU."""
     if dtype != "auto":
         return DTYPES[dtype]
-    exact = device.type == "cpu" and quantization not in BITSANDBYTES
+    if device.type == "cpu" and quantization == "int8":
+        return quantizing.INT8_DTYPE
+    exact = device.type == "cpu" and quantization == "none"
     return torch.float32 if exact else torch.bfloat16
 
 
@@ -212,8 +222,8 @@ def _possible(source: Source, quantization: str, device: torch.device, split: bo
 
 
 def _check_possible(source: Source, quantization: str, device: torch.device, split: bool) -> None:
-    if quantization == "int8" and (split or device.type != "cpu"):
-        raise BadInput("Quantization int8 is for the CPU alone; on other devices use nf4 or none.")
+    if quantization == "int8" and split:
+        raise BadInput("A model split over devices cannot be int8; use nf4, fp4, int8-bnb or none.")
     if quantization not in BITSANDBYTES:
         return
     if source.gguf:
@@ -228,7 +238,11 @@ def _check_possible(source: Source, quantization: str, device: torch.device, spl
 
 
 def _sized(
-    found: Headers, quantization: str, dtype: torch.dtype, device: torch.device, double: bool
+    found: Headers,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    double: bool,
 ) -> Plan:
     weights = _weights(found, quantization, dtype, double)
     loads_as, peak = dtype, weights
@@ -241,16 +255,20 @@ def _sized(
     return Plan(quantization, dtype, device, False, double, loads_as, weights, peak)
 
 
-def _weights(found: Headers, quantization: str, dtype: torch.dtype, double: bool) -> int:
+def _weights(found: Headers, quantization: Quantization, dtype: torch.dtype, double: bool) -> int:
     """Bytes of the weights once they are loaded."""
     if quantization == "none":
         return found.parameters * dtype.itemsize
-    packed, rows, floats = found.matrices, found.rows, found.parameters - found.matrices
-    if quantization == "int8":
-        # A tied head becomes a copy of its own beside the embedding; bitsandbytes leaves heads.
-        packed, rows = packed + found.head, rows + found.head_rows
-        floats -= 0 if found.tied else found.head
-    if quantization in ("int8", "int8-bnb"):
+    packed, rows = found.matrices
+    floats = found.parameters - packed
+    if quantization == "int8":  # bitsandbytes leaves heads and experts
+        for more in (found.head, found.experts):
+            packed, rows = packed + more.parameters, rows + more.rows
+        floats = found.parameters - packed
+        # A tied head becomes a copy of its own beside the embedding.
+        floats += found.head.parameters if found.tied else 0
+        return packed + (rows + floats) * dtype.itemsize
+    if quantization == "int8-bnb":
         return packed + 4 * rows + floats * dtype.itemsize  # a float32 scale for each row
     # Half a byte each, and a scale per 64 of them: float32, or itself 8 bits and a scale per 256.
     scale = (1 + 4 / 256) / 64 if double else 4 / 64
@@ -268,7 +286,7 @@ def _rooms_in_container(
     them. Cached files count as free: the system drops them first."""
     names = ("memory.max", "memory.current", "inactive_file")
     names_v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    rooms = []
+    rooms: list[int] = []
     with suppress(OSError):
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -301,13 +319,11 @@ def _summary(tensors: list[Tensor], tied: bool) -> Headers:
         for tensor in heads:  # a second copy in the file
             del sizes[tensor]
         tied, heads = True, sorted(tables, key=sizes.__getitem__)[-1:]
-    matrices = [
+    linear = [
         tensor
         for tensor in sizes
-        if len(tensor.shape) == 2
-        and tensor not in (*heads, *tables)
-        and not ROUTERS.search(tensor.name)
-        and not EXPERTS.search(tensor.name)
+        if len(tensor.shape) > 1 and tensor not in (*heads, *tables)
+        if not ROUTERS.search(tensor.name)
     ]
     bytes: Counter[str] = Counter()
     for tensor in sizes:
@@ -316,12 +332,16 @@ def _summary(tensors: list[Tensor], tied: bool) -> Headers:
         parameters=sum(sizes.values()),
         bytes=dict(bytes),
         tied=tied,
-        head=sum(sizes[tensor] for tensor in heads),
-        head_rows=sum(tensor.shape[0] for tensor in heads),
-        matrices=sum(sizes[tensor] for tensor in matrices),
-        rows=sum(tensor.shape[0] for tensor in matrices),
+        head=_group(heads),
+        matrices=_group(tensor for tensor in linear if not EXPERTS.search(tensor.name)),
+        experts=_group(tensor for tensor in linear if EXPERTS.search(tensor.name)),
         largest=max(sizes.values()),
     )
+
+
+def _group(tensors: Iterable[Tensor]) -> Group:
+    shapes = [tensor.shape for tensor in tensors]
+    return Group(sum(map(math.prod, shapes)), sum(math.prod(shape[:-1]) for shape in shapes))
 
 
 def _says_tied(source: Source) -> bool:

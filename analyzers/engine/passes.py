@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from analyzers.engine.adapters import Parts
 from analyzers.engine.lora import Adapter
 from analyzers.engine.masks import Mask
-from analyzers.engine.routing import Policy, chosen, experts_of_row, reroute
+from analyzers.engine.routing import DEFAULT, Policy, chosen, experts_of_row, reroute
 from analyzers.engine.values import PLAIN, Experts, Options
 from analyzers.errors import BadInput
 
@@ -28,7 +28,7 @@ class Pass:
     given: hidden states that replace the input of block `first` (None: the model's own). Blocks
     before `first` and from `last` on are not run. hidden: layer -> (rows, tokens, d_model).
     experts: layer -> the router's experts and weights, (rows * tokens, k) each. attention:
-    layer -> (rows, heads, tokens, keys), kept where `weights` asks for it.
+    layer -> (rows, heads, tokens, keys) or None, as the module gave it; kept where `weights` asks.
     """
 
     def __init__(
@@ -53,17 +53,16 @@ class Pass:
         self.rows = 1
         self.hidden: dict[int, torch.Tensor] = {}
         self.experts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.attention: dict[int, torch.Tensor] = {}
+        self.attention: dict[int, torch.Tensor | None] = {}
 
-    def policies(self, tokens: int) -> list[Policy] | None:
-        """The policy of each of `tokens` router rows, row after row of the batch."""
-        policy = self.options.policy
-        if policy is None:
-            return None
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        """One for every row of the batch."""
+        policy = self.options.policy or DEFAULT
         many = policy if isinstance(policy, tuple) else (policy,) * self.rows
         if len(many) != self.rows:
             raise BadInput(f"There are {len(many)} routing policies for {self.rows} texts.")
-        return [policy for policy in many for _ in range(tokens // self.rows)]
+        return many
 
     def hidden_at(self, row: int, token: int) -> dict[int, torch.Tensor]:
         """The tapped states of one token, layer -> (d_model,)."""
@@ -174,7 +173,7 @@ class Passes:
                     return self._like(module, nothing)
                 output = forward(*args, **kwargs)
                 if now.weights and kind == "attention" and isinstance(output, tuple):
-                    now.attention.update({layer: output[1]} if output[1] is not None else {})
+                    now.attention[layer] = output[1]
                 self._first(module, output)
                 return output
 
@@ -189,9 +188,7 @@ class Passes:
                 now = self._now
                 if now is None:
                     return output
-                experts, _ = chosen(output)
-                if (policies := now.policies(len(experts))) is not None:
-                    output = reroute(module, self.model.config, output, policies)
+                output = reroute(module, self.model.config, output, now.policies)
                 if now.options.experts:
                     now.experts[layer] = chosen(output)
                 return output

@@ -26,10 +26,13 @@ SCORES: dict[str, Literal["softmax", "sigmoid"]] = {
     "mixtral": "softmax",
     "qwen2_moe": "softmax",
     "qwen3_moe": "softmax",
+    "qwen3_next": "softmax",
     "olmoe": "softmax",
+    "flex_olmo": "softmax",
     "granitemoe": "softmax",
     "gpt_oss": "softmax",
     "deepseek_v3": "sigmoid",
+    "glm4_moe": "sigmoid",
 }
 
 
@@ -149,9 +152,9 @@ def experts_of_row(
 class _Rule:
     """How one router scores, orders and weighs its experts.
 
-    factor: of all weights. correction, groups, best_groups: DeepSeek-V3 adds the correction (E,)
-    to choose, not to weigh, and takes experts from its best groups only; a group counts as much
-    as its two best experts.
+    factor: of all weights. correction, groups, best_groups: DeepSeek-V3 and GLM-4 add the
+    correction (E,) to choose, not to weigh, and take experts from the best groups only; a group
+    counts as much as its two best experts.
     """
 
     sigmoid: bool

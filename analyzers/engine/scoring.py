@@ -44,7 +44,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Sample:
-    """index: which of the n. logprobs: raw, nats. ended: with an end token rather than `max_new`."""
+    """index: which of the n. logprobs: raw, nats. ended: with an end token."""
 
     index: int
     ids: tuple[int, ...]
@@ -218,7 +218,9 @@ def _pick(step: Step, rng: random.Random, greedy: bool) -> int:
 def _shortest(many: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Without those that begin with another: their probability is part of its."""
     return sorted(
-        own for own in many if not any(own != other and own[: len(other)] == other for other in many)
+        own
+        for own in many
+        if not any(own != other and own[: len(other)] == other for other in many)
     )
 
 

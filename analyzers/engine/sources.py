@@ -37,9 +37,10 @@ Kind = Literal["builtin", "folder", "gguf", "hub"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<gguf>[\w.-]+\.gguf))?", re.ASCII)
 # What transformers opens of a repository, and nothing else: other copies of the weights stay there.
-WEIGHTS = ("model.safetensors", "model-*.safetensors")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = (SINGLE, "model-*.safetensors")
 TEXTS = (
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer*",
+    "config.json", "generation_config.json", INDEX, "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
     "*.tiktoken", "tekken.json", "chat_template*",
 )  # fmt: skip
@@ -133,7 +134,7 @@ def _choices() -> str:
 
 def _weights(folder: Path) -> list[Path]:
     """As transformers chooses them: one file, else those that the index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / SINGLE, folder / INDEX
     if not single.is_file() and index.is_file():
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -185,9 +186,14 @@ def _cached(ref: str, repo: str, gguf: str | None, remote_code: bool) -> Source 
 
 def _is_whole(snapshot: Path) -> bool:
     """A download that was stopped leaves a snapshot with some of the files."""
+    listed = any((snapshot / name).is_file() for name in (SINGLE, INDEX))
     weights = _weights(snapshot)
-    config = (snapshot / "config.json").is_file()
-    return config and bool(weights) and all(path.is_file() for path in weights)
+    return (
+        (snapshot / "config.json").is_file()
+        and listed
+        and bool(weights)
+        and all(path.is_file() for path in weights)
+    )
 
 
 def _has_code(snapshot: Path) -> bool:

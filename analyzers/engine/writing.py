@@ -12,6 +12,7 @@ import torch
 from analyzers.engine.base import Base
 from analyzers.engine.cache import Past, batch_of
 from analyzers.engine.filters import Filters
+from analyzers.engine.flat import Flat
 from analyzers.engine.masks import Mask, masks
 from analyzers.engine.passes import Pass, used
 from analyzers.engine.trees import Checked, Tree
@@ -273,9 +274,39 @@ class Writing(Base):
         taps: Collection[int],
         options: Options,
     ) -> Step:
+        if self._flat is not None and options == PLAIN:
+            return self._flat_step(self._flat, cursor, ban, filters, taps)
+        return self._module_step(cursor, ban, filters, taps, options)
+
+    def _module_step(
+        self,
+        cursor: Cursor,
+        ban: Collection[int],
+        filters: Filters,
+        taps: Collection[int],
+        options: Options,
+    ) -> Step:
         this = self._pass(options, taps)
         rows = self._forward(cursor, cursor.ids[-1:], 1, this, options)
         return self._said(cursor, rows[0, -1], this, (0, 0), ban, filters)
+
+    def _flat_step(
+        self,
+        flat: Flat,
+        cursor: Cursor,
+        ban: Collection[int],
+        filters: Filters,
+        taps: Collection[int],
+    ) -> Step:
+        self.poll()
+        self.forwards += 1
+        past = cursor.past
+        assert isinstance(past, Past)  # a flat model has no recurrent state
+        row, hidden = flat.step(cursor.ids[-1], past, taps)
+        try:
+            return step_after(cursor.ids, row, self.vocabulary.size, hidden, ban, filters)
+        except ModelBroken:
+            raise self._where_broken(cursor.ids, None) from None
 
     def _batch(
         self,
