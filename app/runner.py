@@ -569,7 +569,9 @@ class Runner:
         except Stopped:
             return
         except Exception:
-            log.exception("the cost of %s could not be measured", engine.identity["name"])
+            log.exception(
+                "the cost of %s could not be measured and stored", engine.identity["name"]
+            )
         resident.tried = True
 
     def _give_way(self) -> None:

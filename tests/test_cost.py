@@ -63,6 +63,7 @@ class Clock:
     def __init__(self, engine: Engine) -> None:
         self.slow = 1
         self.passes: list[int] = []
+        engine._flat = None  # its steps would pass the hook by
         engine.model.base_model.register_forward_pre_hook(self._passing, with_kwargs=True)
 
     def _passing(self, module: object, args: object, given: dict) -> None:
