@@ -23,16 +23,23 @@ def tiny_engine() -> Engine:
     return tiny.engine()
 
 
-@pytest.fixture(scope="session", params=tiny.FAMILIES)
+@pytest.fixture(
+    scope="session",
+    params=[(family, False) for family in tiny.FAMILIES + tiny.ATTENTIVE]
+    + [(family, True) for family in tiny.FAMILIES],
+    ids=lambda param: f"{param[0]}-int8" if param[1] else param[0],
+)
 def any_engine(request) -> Engine:
-    """One tiny engine of every family."""
-    return tiny.engine(request.param)
+    """One tiny engine of every family, also with int8 weights (computing in float32, so that
+    equality can be asked for); and of some that are in no table."""
+    family, int8 = request.param
+    return tiny.engine(family, int8=int8)
 
 
 @pytest.fixture(scope="session")
 def smollm() -> Engine:
     """The default model in float32, really loaded."""
-    return load()
+    return load(quantization="none")
 
 
 @pytest.fixture

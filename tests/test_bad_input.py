@@ -268,10 +268,11 @@ def test_what_is_read_is_what_was_given(runner):
 
 
 @pytest.mark.parametrize("char", ["a", " ", "é", "👍", "\u202e"])
-def test_a_megabyte_of_one_character_is_refused_with_both_lengths(smollm: Engine, runner, char):
+def test_a_megabyte_of_one_character_is_refused_with_both_lengths(
+    smollm: Engine, runner, char, monkeypatch
+):
+    monkeypatch.setattr("app.runner.load", lambda ref, **options: smollm)
     text = "x" + char * (1_000_000 // len(char.encode()))
-    runner.prepare(Job("read").model, lambda what, share: None)
-    runner.engine = smollm
     with pytest.raises(OutOfContext, match=r"has \d+,\d{3} tokens.* 8,192") as caught:
         runner.submit(Job("sampling", Task(chat(text)))).finish()
     assert len(str(caught.value)) < 200 and runner.store.count() == 0

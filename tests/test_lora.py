@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from analyzers.engine import Cursor, Engine, Options, Tree
+from analyzers.engine.values import PLAIN
 from analyzers.errors import BadInput, ModelBroken, ModelNotFound, ModelUnfit
 from tests import tiny
 from tests.test_engine import CLOSE
@@ -65,10 +66,10 @@ def merged(engine: Engine, family: str, pairs: Pairs, scale: float) -> Engine:
     return Engine(copy, tiny.tokenizer(), engine.identity)
 
 
-def rows(engine: Engine, cursor: Cursor, options: Options = Options(), n: int = 4) -> torch.Tensor:  # noqa: B008
-    """Raw logits of n steps that all write the same ids."""
+def rows(engine: Engine, cursor: Cursor, options: Options = PLAIN) -> torch.Tensor:
+    """Raw logits of four steps that all write the same ids."""
     found = []
-    for id in range(70, 70 + n):
+    for id in range(70, 74):
         found.append(engine.step(cursor, options=options).raw)
         engine.push(cursor, id)
     return torch.stack(found)
@@ -122,9 +123,8 @@ def test_every_call_takes_the_adapter(fresh, tmp_path):
     for cursor, step in zip(batch, fresh.step(batch, options=options), strict=True):
         torch.testing.assert_close(step.raw, other.step(other.prefill(cursor.ids)).raw, **CLOSE)
     states = fresh.embeddings(IDS)
-    torch.testing.assert_close(
-        fresh.forward(states, (0, 3), options=options), other.forward(states, (0, 3)), **CLOSE
-    )
+    found = fresh.forward(states, (0, 3), options=options)
+    torch.testing.assert_close(found, other.forward(states, (0, 3)), atol=1e-3, rtol=1e-4)
 
 
 def test_gradients_are_those_of_the_base(fresh, tmp_path):
@@ -143,7 +143,7 @@ def test_adapters_do_not_meet(fresh, tmp_path):
         for name, pair in matrices(fresh, rank=2, seed=2).items()
         if name.endswith("mlp.down_proj")
     }
-    lanes = [Options()]
+    lanes = [PLAIN]
     for name, pairs in (("first", first), ("second", second)):
         lanes.append(Options(adapter=fresh.add_adapter(write(tmp_path / name, pairs))))
     models = [
@@ -184,7 +184,8 @@ def test_a_fresh_adapter_with_b_at_zero_is_the_base(fresh, tmp_path):
     pairs = {name: (a, torch.zeros_like(b)) for name, (a, b) in matrices(fresh).items()}
     options = Options(adapter=fresh.add_adapter(write(tmp_path, pairs)))
     plain = rows(fresh, fresh.prefill(IDS))
-    assert torch.equal(rows(fresh, fresh.prefill(IDS, options=options), options), plain)
+    found = rows(fresh, fresh.prefill(IDS, options=options), options)
+    torch.testing.assert_close(found, plain, **CLOSE)
 
 
 def test_a_failed_call_leaves_no_adapter_behind(fresh, tmp_path):
@@ -303,13 +304,15 @@ def test_matrices_that_do_not_match_the_model_are_refused(fresh, tmp_path):
 )
 def test_what_is_no_pair_of_matrices_is_refused_and_not_left_out(fresh, tmp_path, key, says):
     folder = write(tmp_path, {})
-    save_file({f"base_model.model.{key}": torch.zeros(4, 32)}, tmp_path / "adapter_model.safetensors")
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({f"base_model.model.{key}": torch.zeros(4, 32)}, weights)
     refused(fresh, folder, ModelUnfit, says)
 
 
 def test_a_refused_adapter_changes_nothing(fresh, tmp_path):
     plain = fresh.step(fresh.prefill(IDS)).raw
-    pairs = matrices(fresh) | {"model.layers.9.mlp.up_proj": (torch.zeros(4, 32),) * 2}
+    absent = (torch.zeros(4, 32), torch.zeros(64, 4))
+    pairs = matrices(fresh) | {"model.layers.9.mlp.up_proj": absent}
     refused(fresh, write(tmp_path, pairs), ModelUnfit, "does not have")
     assert torch.equal(fresh.step(fresh.prefill(IDS)).raw, plain)
     with pytest.raises(BadInput, match="add it first"):

@@ -193,9 +193,10 @@ def test_models_in_memory_are_used_and_unloaded(bar):
     waiting, *_, left = bar.act(gr.EventData(None, {"unload": keys[0]}), HERE)
     assert "one run is before yours" in waiting[bar.said]
     assert bar.ctx.runner.residents() == [bar.ctx.runner.model_facts(ModelChoice())]
+    assert "other is no longer in memory" in left[bar.said]
     assert "no model loaded" in left[bar.top] and "<b>other</b>" in left[bar.top]
     (again,) = bar.act(gr.EventData(None, {"unload": keys[0]}), THERE)
-    assert "no longer in memory" in again[bar.said]
+    assert "That model is no longer in memory" in again[bar.said]
 
 
 def test_the_page_asks_again_until_the_cost_is_known(bar):

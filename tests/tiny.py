@@ -15,6 +15,7 @@ from transformers import (
 
 from analyzers.engine import Engine
 from analyzers.engine.adapters import attention_implementation
+from analyzers.engine.quantization import quantize
 from analyzers.engine.text import _BYTES
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
@@ -139,6 +140,8 @@ _UNLISTED: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 4,
     },
 }
+# Of those, the ones with keys and values for every token, and no distances of their own.
+ATTENTIVE = ("starcoder2", "olmo3", "flex_olmo", "glm4_moe")
 DENSE, MOE, UNLISTED = tuple(_DENSE), tuple(_MOE), tuple(_UNLISTED)
 FAMILIES = DENSE + MOE
 
@@ -191,8 +194,10 @@ def _build(family: str, changes: dict[str, Any]) -> PreTrainedModel:
     )
 
 
-def engine(family: str = "llama", seed: int = 0) -> Engine:
-    identity = {"name": f"tiny-{family}", "hash": str(seed), "quantization": "none"}
-    return Engine(
-        model(family, seed), tokenizer(), {**identity, "dtype": "float32", "device": "cpu"}
-    )
+def engine(family: str = "llama", seed: int = 0, int8: bool = False) -> Engine:
+    made = model(family, seed)
+    if int8:
+        quantize(made)
+    identity = {"name": f"tiny-{family}", "hash": str(seed), "dtype": "float32", "device": "cpu"}
+    quantization = "int8" if int8 else "none"
+    return Engine(made, tokenizer(), {**identity, "quantization": quantization})

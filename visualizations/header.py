@@ -53,7 +53,7 @@ def _chips(model: Mapping[str, Any] | None, quality: tuple[float, str] | None) -
         f'<span class="chip wide">context <b>{model["context"]:,}</b> tokens</span>'
     )
     if not model.get("can_chat", True):
-        chips += '<span class="chip">no chat template: text mode</span>'
+        chips += '<span class="chip wide">no chat template: text mode</span>'
     return chips + (_cost(model, model["cost"], quality) if model.get("cost") else "")
 
 
@@ -76,7 +76,9 @@ def _cost(
     note = "Measured on this computer when the model was first loaded, and recorded with each run."
     if quality:
         share, where = quality
-        rows.append((f"Perplexity with {model['quantization']}", f"{100 * share:+.1f} %"))
+        rows.append(
+            (f"Perplexity with {model['quantization']}", f"{100 * share:+.1f} %".replace("-", "−"))
+        )
         note += f" Perplexity: against float32, measured on {where}."
     table = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows

@@ -10,7 +10,7 @@ from analyzers.engine.cache import GrowingLayer, Past
 from analyzers.engine.masks import masks
 from analyzers.engine.passes import Pass
 from analyzers.engine.values import PLAIN, Cursor, Options
-from analyzers.engine.writing import Writing
+from analyzers.engine.writing import SOFTMAX_ROWS, Writing
 from analyzers.errors import BadInput, ModelBroken, ModelLacks
 
 
@@ -30,6 +30,21 @@ class Looking(Writing):
         ones: final norm, head, and the family's scale and soft-cap. Exactly the model's own logits
         for its last layer. Rows of several tokens and layers cost least in one call."""
         return self._parts.readout(hidden.to(self.model.dtype)).float()
+
+    def top_tokens(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k likeliest tokens of many hidden states (rows, d_model) and their log-probabilities
+        (nats, over the whole vocabulary), each (rows, k), likeliest first.
+
+        The states of several tokens and layers go through the head in one product; the softmax
+        runs over a few rows at a time, because large temporaries are what costs."""
+        size = self.vocabulary.size
+        logits = self._parts.readout(hidden.to(self.model.dtype))
+        found = []
+        for some in logits.split(SOFTMAX_ROWS):
+            raw = some.float()
+            best, ids = raw[:, :size].topk(k)
+            found.append((ids, best - raw.logsumexp(-1, keepdim=True)))
+        return torch.cat([ids for ids, _ in found]), torch.cat([best for _, best in found])
 
     def embeddings(self, ids: Sequence[int]) -> torch.Tensor:
         """Word embeddings (tokens, d_model) as the embedding module gives them: what `forward`

@@ -11,11 +11,8 @@ from analyzers.engine.filters import Filters
 from analyzers.engine.signals import draw
 from analyzers.engine.trees import Tree
 from analyzers.engine.values import PLAIN, PLAIN_FILTERS, Cursor, Options, Step
-from analyzers.engine.writing import Writing
+from analyzers.engine.writing import SOFTMAX_ROWS, Writing
 from analyzers.errors import BadInput
-
-# Rows of logits in one float32 softmax; larger temporaries are what costs.
-SOFTMAX_ROWS = 32
 
 
 @dataclass(frozen=True)

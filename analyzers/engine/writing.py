@@ -22,6 +22,8 @@ from analyzers.errors import BadInput, ModelBroken, ModelLacks
 CHUNK = 256
 # Rows of logits that are alive at once while a text is read: 64 of 262k float32 are 64 MB.
 READ_CHUNK = 64
+# Rows of logits in one float32 softmax; larger temporaries are what costs.
+SOFTMAX_ROWS = 32
 # Logits of one pass over a tree: 256 rows of the default model, 64 of a vocabulary of 262k.
 TREE_LOGITS = 2**24
 

@@ -207,8 +207,10 @@ class ModelBar:
                 self.ctx.chosen[request.session_hash or ""] = there[key]
             else:
                 for update in self.ctx.runner.unload(there[key]).updates():
-                    yield {self.said: status.waiting(update.ahead) if update.ahead else ""}
-        yield self.look(request) | {self.said: said}
+                    going = models.hint("Unloading …")
+                    yield {self.said: status.waiting(update.ahead) if update.ahead else going}
+                said = models.hint(f"{_title(there[key].ref)} is no longer in memory.")
+        yield self.look(request) | ({self.said: said} if said else {})
 
     def _offered(self) -> Outputs:
         return {self.ref: gr.Dropdown(_choices(self.ctx.model.ref))}
@@ -282,7 +284,9 @@ def _title(ref: str) -> str:
 def _quality(facts: Mapping[str, Any]) -> tuple[float, str] | None:
     """What the quantization costs in perplexity on the default model, where that was measured."""
     kind = facts["quantization"]
-    return (quantization.COST[kind], MODELS[DEFAULT].title) if kind in quantization.COST else None
+    if kind == "none" or kind not in quantization.COST:
+        return None
+    return quantization.COST[kind], MODELS[DEFAULT].title
 
 
 def _key(choice: ModelChoice) -> str:
