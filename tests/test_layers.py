@@ -17,7 +17,10 @@ VALUES = tuple(
     f"analyzers.{name}" for name in ("trace", "params", "errors", "card", "task", "context")
 )
 HOME = ("analyzers.home",)
-LEARNING = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "gguf", "numpy")
+LEARNING = (
+    "torch", "transformers", "tokenizers", "safetensors", "accelerate", "gguf", "numpy",
+    "huggingface_hub", "tqdm", "psutil",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

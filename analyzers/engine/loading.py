@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from analyzers.engine import builtin, memory, quantization, sources
+from analyzers.engine.adapters import attention_implementation
 from analyzers.engine.core import Engine
 from analyzers.engine.memory import BITSANDBYTES, DTYPES, Plan
 from analyzers.engine.sources import Progress, Source
@@ -135,6 +137,9 @@ def _weights(
         extra["quantization_config"] = quantization.bnb_config(
             plan.quantization, products, plan.double
         )
+    config = AutoConfig.from_pretrained(source.folder, **safely)
+    if not type(config).__module__.startswith("transformers_modules"):  # a known architecture
+        extra["attn_implementation"] = attention_implementation(config)
     model, found = AutoModelForCausalLM.from_pretrained(
         source.folder,
         dtype=plan.loads_as,

@@ -8,14 +8,16 @@ machine that does nothing else.
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median, quantiles
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from analyzers.errors import BadInput
 
 Progress = Callable[[str], None]
 Row = dict[str, Any]
+Better = Literal["less", "more"]
 
 
 def names() -> dict[str, str]:
@@ -42,17 +44,23 @@ def row(
     n: int,
     baseline: float | None = None,
     target: float | None = None,
+    better: Better = "less",
+    spread: float | None = None,
 ) -> Row:
-    """One measured number; smaller is better for all of them.
+    """One measured number.
 
     value: in `unit`, the median of `n` measurements where n > 1. baseline: what it is compared
-    with, in the same unit; ratio = value / baseline. target: the most that the ratio (without a
-    baseline, the value) may be; met: whether it is not exceeded. None where not applicable.
+    with, in the same unit; ratio = value / baseline. target: the most, or where more is better the
+    least, that the ratio (without a baseline, the value) may be; met: whether it is kept. spread:
+    of the measurements, between their quartiles, in `unit`. None where not applicable.
     """
     ratio = value / baseline if baseline else None
     judged = value if ratio is None else ratio
     if not math.isfinite(judged):
         raise ValueError(f"{name} came out as {judged}")
+    met = None
+    if target is not None:
+        met = judged <= target if better == "less" else judged >= target
     return {
         "name": name,
         "value": value,
@@ -60,9 +68,39 @@ def row(
         "baseline": baseline,
         "ratio": ratio,
         "target": target,
-        "met": None if target is None else judged <= target,
+        "met": met,
         "n": n,
+        "better": better,
+        "spread": spread,
     }
+
+
+def median_row(name: str, values: Sequence[float], unit: str, **more: Any) -> Row:
+    """`row` of measurements of the same thing: their median, number and spread."""
+    spread = None
+    if len(values) > 1:
+        first, _, third = quantiles(values, n=4, method="inclusive")
+        spread = third - first
+    return row(name, median(values), unit, n=len(values), spread=spread, **more)
+
+
+def alternate(
+    ways: Mapping[str, Callable[[], float]], rounds: int, progress: Progress
+) -> dict[str, list[float]]:
+    """What each way measures in each of `rounds`.
+
+    They take turns, so that a machine that gets slower is slower for all of them, in an order that
+    rotates, so that none always follows the same other. A round before these warms up.
+    """
+    order, taken = list(ways), {name: list[float]() for name in ways}
+    for turn in range(rounds + 1):
+        progress(f"Round {turn} of {rounds}" if turn else "Warming up")
+        for name in order:
+            value = ways[name]()
+            if turn:
+                taken[name].append(value)
+        order = [*order[1:], order[0]]
+    return taken
 
 
 def _found() -> list[str]:

@@ -1,14 +1,21 @@
-"""Time and memory of writing with everything watched, against transformers writing blind.
+"""Time and memory of writing with everything watched, against libraries that write blind.
 
-Three ways write the same text with the same weights, greedily: transformers' `generate` bare,
-`generate` keeping its logits, and `sampling` through the real runner and recorder into a temporary
-database. They take turns in one process, in an order that rotates from round to round; the first
-round warms up and does not count. Time is taken from the first token to the last, so that start
-and prompt are left out of all three in the same way.
+The default way of this app (`sampling` through the real runner and recorder into a temporary
+database, quantization "auto") and transformers' `generate` in bfloat16, bare and keeping its
+logits, write greedily from the same prompt. They take turns of a whole text. Time is taken from the
+first token to the last, so that start and prompt are left out in the same way. The weights are not
+rounded alike, so the texts may part; their lengths are checked.
 
-The one place beside the engine that touches transformers: it is what the engine is compared with.
+llama.cpp writes too where it can: CANDOR_LLAMA_GGUF names the file of the built-in model, and
+CANDOR_LLAMA_PYTHON an interpreter that has llama-cpp-python, unless this one has it. It runs in a
+process of its own and takes its turns there, once bare and once with the log-probabilities of five
+tokens. Its time is that of the whole call, which finds the prompt in its cache.
 """
 
+import importlib.util
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,75 +31,96 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from analyzers.engine import Engine, builtin, token
+from analyzers.engine.loading import DEFAULT
 from analyzers.errors import CandorError
 from analyzers.home import models_folder
 from analyzers.task import Task
 from analyzers.trace import Event, RunStarted, Token
-from app.bench import Progress, Row, row
+from app.bench import Progress, Row, alternate, median_row, row
 from app.runner import Job, ModelChoice, Run, Runner
 from sessions.recorder import Recorder
 from sessions.store import Stamped, Store
 
-ABOUT = "time a token and memory, against transformers.generate on the same weights"
+ABOUT = "tokens a second and memory, against transformers.generate and llama.cpp"
 # Its greedy continuation repeats itself and never ends.
 PROMPT = "A list of the days of the week"
-BARE, LOGITS, OURS = "generate", "generate, keeping logits", "candor, watched and recorded"
-MEMORY_TARGET = 1.25
+BARE, LOGITS = "generate, bfloat16", "generate, bfloat16, keeping logits"
+OURS = "candor, watched and recorded"
+LLAMA_BARE, LLAMA_LOGPROBS = "llama.cpp", "llama.cpp with logprobs=5"
+SPEED_TARGET = 1.5
+"""Times as fast, watched and recorded, as the others: generate, and llama.cpp with logprobs."""
+MEMORY_TARGET = 1.15
 """Only the cache may grow with the text; the rest is room for events and for the allocator."""
 COST_TARGET = 0.05
 """Share of a step that watching or recording may take: inspection is nearly free."""
 
-Written = tuple[list[int], float]
-"""Ids that were written, and milliseconds a token."""
+# Answers each line "tokens logprobs" with "tokens seconds". A model that is to give log-probabilities
+# keeps the logits of all positions, which the bare one need not pay for.
+CHILD = """
+import sys, time
+from llama_cpp import Llama
+
+file, room, threads, prompt = sys.argv[1:]
+models = {
+    logprobs: Llama(
+        file, n_ctx=int(room), n_threads=int(threads), n_threads_batch=int(threads),
+        logits_all=logprobs > 0, verbose=False,
+    )
+    for logprobs in (0, 5)
+}
+for line in sys.stdin:
+    tokens, logprobs = map(int, line.split())
+    began = time.perf_counter()
+    found = models[logprobs].create_completion(
+        prompt, max_tokens=tokens, temperature=0, logprobs=logprobs or None
+    )
+    seconds = time.perf_counter() - began
+    print(found["usage"]["completion_tokens"], seconds, flush=True)
+"""
 
 
 def measure(
     progress: Progress,
     *,
-    model: ModelChoice = ModelChoice(dtype="float32"),  # noqa: B008  (a frozen value)
+    model: str = DEFAULT,
     tokens: int = 128,
-    rounds: int = 5,
-    long: int = 1024,
+    rounds: int = 9,
+    long: int = 4000,
 ) -> list[Row]:
     """`tokens`: written by each way in each of `rounds`; `long`: in the run that shows memory.
 
-    Raises: CandorError if the model ends before that, or the ways do not write the same.
+    Raises: CandorError if a way ends before that.
     """
-    with _runner() as runner:
-        runner.prepare(model, lambda what, share: None)
-        assert runner.engine
-        bare = _bare(model)
-        ways: dict[str, Callable[[], Written]] = {
-            BARE: lambda: _generate(runner.engine, bare, tokens),
+    choice = ModelChoice(model)
+    with _runner() as runner, _llama(tokens, progress) as llama:
+        runner.prepare(choice, lambda what, share: None)
+        engine = runner.engine
+        assert engine
+        plain = bare(model, torch.bfloat16)
+        ways: dict[str, Callable[[], float]] = {
+            BARE: lambda: _generate(engine, plain, tokens),
             LOGITS: lambda: _generate(
-                runner.engine, bare, tokens, output_logits=True, return_dict_in_generate=True
+                engine, plain, tokens, output_logits=True, return_dict_in_generate=True
             ),
-            OURS: lambda: _candor(runner, model, tokens),
+            OURS: lambda: _candor(runner, choice, tokens),
         }
-        taken = _alternate(ways, tokens, rounds, progress)
-        ms = {name: median(times) for name, times in taken.items()}
+        ms = alternate(ways | llama, rounds, progress)
         progress("What watching costs")
-        watching = _watching(runner.engine, rounds)
+        watching = _watching(engine, rounds)
         progress(f"Memory over {long:,} tokens")
-        run, growth = _grow(runner, model, long)
+        run, growth = _grow(runner, choice, long)
         progress("What recording costs")
         recording = _recording([stamped.event for stamped in run.events], rounds)
-        cache = _cache_row(runner.engine)
+        cache = _cache_row(engine)
+    step = median(ms[OURS])
     return [
-        row(BARE, ms[BARE], "ms/token", n=rounds),
-        row(LOGITS, ms[LOGITS], "ms/token", baseline=ms[BARE], n=rounds),
-        row(OURS, ms[OURS], "ms/token", baseline=ms[BARE], target=1.0, n=rounds),
-        row("signals of a token", watching, "ms/token", baseline=ms[BARE], n=rounds),
-        row(
-            "recording, both threads",
-            recording,
-            "ms/token",
-            baseline=ms[BARE],
-            target=COST_TARGET,
-            n=rounds,
+        *_speeds(ms),
+        median_row("signals of a token", watching, "ms/token", baseline=step),
+        median_row(
+            "recording, both threads", recording, "ms/token", baseline=step, target=COST_TARGET
         ),
         row(
-            "memory growth, against the cache",
+            f"memory growth over {long:,} tokens, against the cache",
             growth / 1e3,
             "kB/token",
             baseline=cache / 1e3,
@@ -102,34 +130,31 @@ def measure(
     ]
 
 
-def _alternate(
-    ways: dict[str, Callable[[], Written]], tokens: int, rounds: int, progress: Progress
-) -> dict[str, list[float]]:
-    """Milliseconds a token of each way in each round but the first."""
-    order, taken = list(ways), {name: list[float]() for name in ways}
-    for turn in range(rounds + 1):
-        progress(f"Round {turn} of {rounds}" if turn else "Warming up")
-        texts = {}
-        for name in order:
-            ids, ms = ways[name]()
-            texts[name] = ids
-            if turn:
-                taken[name].append(ms)
-        _check(texts, tokens)
-        order = [*order[1:], order[0]]
-    return taken
+def _speeds(ms: dict[str, list[float]]) -> list[Row]:
+    """From milliseconds a token of each way."""
+    rates = {name: [1e3 / each for each in taken] for name, taken in ms.items()}
+    against = {name: median(rates[name]) for name in rates}
+
+    def of(way: str, name: str, **more: Any) -> Row:
+        return median_row(name, rates[way], "tokens/s", better="more", **more)
+
+    rows = [
+        of(BARE, BARE),
+        of(LOGITS, LOGITS, baseline=against[BARE]),
+        of(OURS, OURS, baseline=against[BARE], target=SPEED_TARGET),
+    ]
+    for name, target in ((LLAMA_LOGPROBS, SPEED_TARGET), (LLAMA_BARE, None)):
+        if name in rates:
+            rows.append(of(OURS, f"candor, against {name}", baseline=against[name], target=target))
+    return rows
 
 
-def _check(texts: dict[str, list[int]], tokens: int) -> None:
-    first = next(iter(texts.values()))
-    for name, ids in texts.items():
-        if len(ids) != tokens:
-            raise CandorError(f"{name} wrote {len(ids)} tokens, not {tokens}: the times would lie.")
-        if ids != first:
-            raise CandorError(f"{name} wrote another text: the times cannot be compared.")
+def _check(name: str, found: int, tokens: int) -> None:
+    if found != tokens:
+        raise CandorError(f"{name} wrote {found} tokens, not {tokens}: the times would lie.")
 
 
-# Three ways to write
+# Ways to write; each gives milliseconds a token
 
 
 class _Clock(BaseStreamer):
@@ -145,27 +170,26 @@ class _Clock(BaseStreamer):
         pass
 
 
-def _generate(engine: Engine | None, model: PreTrainedModel, tokens: int, **kept: Any) -> Written:
-    assert engine
+def _generate(engine: Engine, model: PreTrainedModel, tokens: int, **kept: Any) -> float:
     ids, clock = engine.encode(Task(PROMPT)), _Clock()
-    found = model.generate(
+    model.generate(
         torch.tensor([ids], device=model.device),
         do_sample=False,
         max_new_tokens=tokens,
+        min_new_tokens=tokens,
         streamer=clock,
         **kept,
     )
-    sequence = found.sequences[0] if kept else found[0]
-    first, last = clock.times[1], clock.times[-1]
-    return sequence.tolist()[len(ids) :], 1e3 * (last - first) / (len(clock.times) - 2)
+    _, first, *_, last = clock.times
+    _check(BARE, len(clock.times) - 1, tokens)
+    return 1e3 * (last - first) / (tokens - 1)
 
 
-def _candor(runner: Runner, model: ModelChoice, tokens: int) -> Written:
+def _candor(runner: Runner, model: ModelChoice, tokens: int) -> float:
     run = runner.submit(_job(model, tokens)).finish()
-    written = [s for s in run.events if isinstance(s.event, Token)]
-    first, last = written[0].t, written[-1].t
-    ids = [stamped.event.id for stamped in written if isinstance(stamped.event, Token)]
-    return ids, 1e3 * (last - first) / (len(written) - 1)
+    times = [stamped.t for stamped in run.events if isinstance(stamped.event, Token)]
+    _check(OURS, len(times), tokens)
+    return 1e3 * (times[-1] - times[0]) / (tokens - 1)
 
 
 def _job(model: ModelChoice, tokens: int) -> Job:
@@ -173,14 +197,14 @@ def _job(model: ModelChoice, tokens: int) -> Job:
     return Job("sampling", Task(PROMPT), settings, seed=1, model=model)
 
 
-def _bare(choice: ModelChoice) -> PreTrainedModel:
-    """The same weights as transformers loads them: none of the engine's hooks on them."""
+def bare(ref: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A built-in or a folder as transformers loads it: none of the engine's hooks on it."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    folder = Path(choice.ref)
-    if choice.ref in builtin.MODELS:
-        folder = builtin.ensure(choice.ref, models_folder(), lambda what, share: None)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    folder = Path(ref)
+    if ref in builtin.MODELS:
+        folder = builtin.ensure(ref, models_folder(), lambda what, share: None)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     # Only its end tokens: generate is to search greedily, whatever else the model came with.
     ends = model.generation_config.eos_token_id
     pad = ends[0] if isinstance(ends, list) else ends
@@ -188,11 +212,61 @@ def _bare(choice: ModelChoice) -> PreTrainedModel:
     return model.eval()
 
 
+@contextmanager
+def _llama(tokens: int, progress: Progress) -> Iterator[dict[str, Callable[[], float]]]:
+    """llama.cpp's ways to write; none of them, and a line that says so, where it is not there.
+
+    Raises: CandorError, from the ways, when its process ends."""
+    file, python = os.environ.get("CANDOR_LLAMA_GGUF"), os.environ.get("CANDOR_LLAMA_PYTHON")
+    if not python and importlib.util.find_spec("llama_cpp"):
+        python = sys.executable
+    if not file or not python:
+        progress(
+            "llama.cpp is left out: set CANDOR_LLAMA_GGUF to the model's file, and "
+            "CANDOR_LLAMA_PYTHON to an interpreter that has llama-cpp-python"
+        )
+        yield {}
+        return
+    room, threads = str(tokens + 256), str(torch.get_num_threads())
+    command = [python, "-c", CHILD, file, room, threads, PROMPT]
+    try:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+    except OSError as error:
+        raise CandorError(f"{python} could not be started ({error.strerror}).") from error
+    with child:
+        yield {
+            LLAMA_BARE: lambda: _asked(child, LLAMA_BARE, tokens, 0),
+            LLAMA_LOGPROBS: lambda: _asked(child, LLAMA_LOGPROBS, tokens, 5),
+        }
+
+
+def _asked(child: "subprocess.Popen[str]", name: str, tokens: int, logprobs: int) -> float:
+    assert child.stdin and child.stdout
+    answer = ""
+    try:
+        child.stdin.write(f"{tokens} {logprobs}\n")
+        child.stdin.flush()
+        answer = child.stdout.readline()
+    except BrokenPipeError:
+        pass  # then there is no answer
+    if not answer:
+        raise CandorError("The process of llama.cpp ended: it cannot read its file, or crashed.")
+    written, seconds = answer.split()
+    _check(name, int(written), tokens)
+    return 1e3 * float(seconds) / tokens
+
+
 # What it costs
 
 
-def _watching(engine: Engine, rounds: int) -> float:
-    """Milliseconds for the signals of one token: the median over rounds of 50 tokens."""
+def _watching(engine: Engine, rounds: int) -> list[float]:
+    """Milliseconds for the signals of one token: a mean of 50 in each round."""
 
     def once() -> float:
         began = time.perf_counter()
@@ -204,10 +278,10 @@ def _watching(engine: Engine, rounds: int) -> float:
         step = engine.step(engine.prefill(engine.encode(Task(PROMPT))))
         best = int(step.logits.argmax())
         once()
-        return median(once() for _ in range(rounds))
+        return [once() for _ in range(rounds)]
 
 
-def _recording(events: list[Event], rounds: int) -> float:
+def _recording(events: list[Event], rounds: int) -> list[float]:
     """Milliseconds of processor time a token, the writer's thread included, on disk at the end."""
     tokens = sum(isinstance(event, Token) for event in events)
     started = next(event for event in events if isinstance(event, RunStarted))
@@ -224,7 +298,7 @@ def _recording(events: list[Event], rounds: int) -> float:
             taken.append(1e3 * (time.process_time() - began) / tokens)
             recorder.close()
             store.close()
-    return median(taken)
+    return taken
 
 
 def _grow(runner: Runner, model: ModelChoice, tokens: int) -> tuple[Run, float]:
@@ -234,7 +308,7 @@ def _grow(runner: Runner, model: ModelChoice, tokens: int) -> tuple[Run, float]:
     run = runner.submit(_job(model, tokens))
     for _ in run.updates():
         seen.append((len(run.events), process.memory_info().rss))
-    _check({OURS: [s.event.id for s in run.events if isinstance(s.event, Token)]}, tokens)
+    _check(OURS, sum(isinstance(stamped.event, Token) for stamped in run.events), tokens)
     late = [each for each in seen if each[0] > tokens / 4]
     if len(late) < 3:  # a tiny model is through before it has been looked at
         late = [seen[0], seen[-1]]
@@ -254,7 +328,7 @@ def _cache_row(engine: Engine) -> int:
 def _runner() -> Iterator[Runner]:
     with TemporaryDirectory() as folder:
         store = Store(Path(folder) / "runs.db")
-        runner = Runner(store)
+        runner = Runner(store, measure=False)  # or it would measure its costs between the turns
         try:
             yield runner
         finally:

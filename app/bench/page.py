@@ -147,6 +147,8 @@ class _Pacer:
     identity = {"name": "paced", "hash": "0", "quantization": "none", "dtype": "", "device": "cpu"}  # noqa: RUF012
     can = frozenset({"text", "logits"})
     context = 1 << 20
+    can_chat = True
+    cost = None
     memory = 0
     forwards = 0
 
@@ -194,18 +196,6 @@ def _token(n: int) -> Token:
     )
 
 
-class _PacedRunner(Runner):
-    """The real runner; asked for a model, it takes the pacer."""
-
-    def __init__(self, store: Store, pacer: _Pacer) -> None:
-        self._pacer: Any = pacer
-        super().__init__(store)
-
-    def _engine_for(self, choice: ModelChoice, progress: Callable[[str, float], None]) -> Any:
-        self.engine = self._pacer
-        return self._pacer
-
-
 # Server and browser
 
 
@@ -217,9 +207,10 @@ def _served(pacer: _Pacer) -> Iterator[str]:
     with (
         TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         patch.dict(registry.methods(), {usual.name: paced}),
+        patch("app.runner.load", lambda ref, **options: pacer),
     ):
         store = Store(Path(folder) / "runs.db")
-        runner = _PacedRunner(store, pacer)
+        runner = Runner(store, measure=False)
         listener = socket.create_server(("127.0.0.1", 0))
         app = application(PageContext(runner, store, ModelChoice()), frozenset(LOOPBACK))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
