@@ -128,7 +128,9 @@ def _devices() -> Findings:
                 )
     if len(here) == 1:
         yield "no GPU that this build of torch can use, so everything runs on the CPU", None
-    yield "quantization: none is the only choice in this version", None
+    from analyzers.engine.quantization import QUANTIZATIONS
+
+    yield f"quantizations: {', '.join(QUANTIZATIONS)}", None
 
 
 def _fault(device: "torch.device", dtype: "torch.dtype") -> str:

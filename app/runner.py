@@ -674,7 +674,7 @@ class Runner:
                 self._record(run, event)
         except StopIteration as end:
             return "done", end.value or "finished"
-        except Stopped as stopped:
+        except (Stopped, OutOfContext) as stopped:  # what was written until then is whole
             return "stopped", str(stopped)
         except CandorError as error:
             return "failed", str(error)

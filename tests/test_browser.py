@@ -228,7 +228,7 @@ def test_a_second_tab_waits_in_a_visible_queue_and_closing_a_tab_ends_its_run(
     expect(second.locator("#run")).to_be_visible()
     ask(second, "Say yes.", tokens=4)
     second.locator("#run").click()
-    expect(second.locator("#generate-state")).to_contain_text("one run is before yours")
+    expect(second.locator("#generate-state")).to_contain_text("Waiting for the one before yours")
     page.close()
     ended(second)
     assert ctx.store.run(running.id).status == "stopped"

@@ -343,3 +343,18 @@ def test_the_default_model_writes_what_transformers_writes(smollm):
     torch.testing.assert_close(
         torch.stack(rows), full(smollm, cursor.ids)[len(ids) - 1 : -1], **CLOSE
     )
+
+
+def test_a_tokenizer_may_have_added_tokens_that_the_model_was_never_given():
+    """Gemma 3 has one for images in the tokenizer of its text models."""
+    table = tiny.model(vocab_size=258)  # the last special token is beyond
+    engine = Engine(table, tiny.tokenizer(), {"name": "short"})
+    assert engine.vocabulary.size == 258
+    with pytest.raises(BadInput, match="no token 258"):
+        engine.prefill(engine.encode(Task("<|assistant|>")))
+    engine.step(engine.prefill(engine.encode(Task("text"))))
+
+
+def test_a_tokenizer_with_more_words_than_the_embedding_is_refused():
+    with pytest.raises(ModelUnfit, match="259 tokens, the model's embedding only 250"):
+        Engine(tiny.model(vocab_size=250, eos_token_id=1), tiny.tokenizer(), {"name": "short"})

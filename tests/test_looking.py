@@ -233,7 +233,8 @@ def eager_attention(family: str, ids: list[int]) -> torch.Tensor:
     return torch.stack([weights[0] for weights in given]).float()
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+# transformers cannot change Falcon's implementation of attention once it is made.
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "falcon"])
 def test_attention_is_what_transformers_says(family):
     """In the middle and at the pending end; the cursor stays, and so does the implementation."""
     engine = tiny.engine(family)
@@ -247,7 +248,7 @@ def test_attention_is_what_transformers_says(family):
         torch.testing.assert_close(found, expected[:, :, pos, : pos + 1], **CLOSE)
         sums = found.sum(-1)
         if family == "gpt_oss":  # the rest goes to the sinks
-            assert ((0 < sums) & (sums < 1)).all()
+            assert ((sums > 0) & (sums < 1)).all()
         else:
             torch.testing.assert_close(sums, torch.ones_like(sums))
     assert (cursor.ids, cursor.cached) == (ids, cached)
@@ -290,23 +291,12 @@ def test_attention_of_nothing_is_refused(tiny_engine):
             tiny_engine.attention(cursor, pos)
 
 
-def test_a_model_that_gives_no_attention_weights_says_so(monkeypatch):
-    engine = tiny.engine()
-    module = engine._parts.attention[1]
-    inner = module.o_proj.forward
-    assert inner is not None
-    passes = engine._passes
-    run = passes.run
-
-    def mute(this, *args, **kwargs):
-        found = run(this, *args, **kwargs)
-        if this is not None and this.weights:
-            this.attention[2] = None
-        return found
-
-    monkeypatch.setattr(passes, "run", mute)
-    with pytest.raises(ModelLacks, match="tiny-llama does not give its attention weights"):
-        engine.attention(engine.prefill([65, 66]), 1)
+def test_a_model_that_gives_no_attention_weights_says_so():
+    engine = tiny.engine("falcon")
+    cursor = engine.prefill([65, 66])
+    with pytest.raises(ModelLacks, match="tiny-falcon does not give its attention weights"):
+        engine.attention(cursor, 1)
+    agrees(engine, cursor)
 
 
 # Gradients
@@ -322,7 +312,7 @@ def by_hand(engine: Engine, family: str, ids: list[int]) -> tuple[float, torch.T
     given = engine.embeddings(ids).detach().clone().requires_grad_(True)
     value = objective(model(inputs_embeds=given[None], use_cache=False).logits[0].float())
     value.backward()
-    return float(value), given.grad
+    return float(value.detach()), given.grad
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

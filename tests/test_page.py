@@ -125,7 +125,7 @@ def form(bar: ModelBar, ref: str, **other) -> dict:
 def test_a_model_is_loaded_with_progress_and_used_by_this_visitor_only(bar):
     steps = list(bar.load(form(bar, "org/other-model", kind="nf4", double=False), HERE))
     said = [step[bar.said] for step in steps]
-    assert "one run is before yours" in said[1]
+    assert "Waiting for the one before yours" in said[1]
     assert "Loading weights" in said[2] and "width:25%" in said[2]
     assert "other-model is ready" in said[-1]
     assert steps[0][bar.halt].interactive and not steps[0][bar.go].interactive
@@ -191,7 +191,7 @@ def test_models_in_memory_are_used_and_unloaded(bar):
     list(bar.act(gr.EventData(None, {"use": keys[0]}), HERE))
     assert bar.ctx.choice("here") == other
     waiting, *_, left = bar.act(gr.EventData(None, {"unload": keys[0]}), HERE)
-    assert "one run is before yours" in waiting[bar.said]
+    assert "Waiting for the one before yours" in waiting[bar.said]
     assert bar.ctx.runner.residents() == [bar.ctx.runner.model_facts(ModelChoice())]
     assert "other is no longer in memory" in left[bar.said]
     assert "no model loaded" in left[bar.top] and "<b>other</b>" in left[bar.top]

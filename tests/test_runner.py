@@ -9,7 +9,7 @@ from analyzers import registry
 from analyzers.card import Card
 from analyzers.context import Context
 from analyzers.decoding import sampling
-from analyzers.engine import Engine
+from analyzers.engine import Engine, token
 from analyzers.errors import (
     BadInput,
     BadParameter,
@@ -146,6 +146,22 @@ def test_a_sentence_of_ours_is_the_reason_as_it_is(runner, monkeypatch):
     add_method(monkeypatch, "lacks", lacks)
     ended = ending(go(runner, job(method="lacks")))
     assert (ended.status, ended.reason) == ("failed", "needs 8 layers, tiny has 3")
+
+
+def test_a_run_that_fills_the_context_stops_and_says_so(runner, monkeypatch):
+    """Also where the method did not look: what was written until then is whole."""
+
+    def run(engine: Engine, task, params, ctx):
+        cursor = engine.prefill([65] * (tiny.CONTEXT - 3))
+        while True:
+            yield token(engine, engine.step(cursor), 66)
+            engine.push(cursor, 66)
+
+    add_method(monkeypatch, "endless", run)
+    made = runner.submit(Job("endless", Task("x"))).finish()
+    ended = made.events[-1].event
+    assert (ended.status, ended.tokens) == ("stopped", 4)
+    assert "too long: it has 513 tokens" in ended.reason
 
 
 def test_what_cannot_be_stored_is_not_shown_either(runner, monkeypatch):

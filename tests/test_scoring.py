@@ -152,7 +152,7 @@ def test_what_cannot_be_scored_is_refused_and_changes_nothing(tiny_engine):
     expected = tiny_engine.step(cursor).raw
     ids, cached = list(cursor.ids), cursor.cached
     tiny_engine.score(cursor, [[70, 71]])
-    with pytest.raises(OutOfContext, match="513 tokens.* 512"):
+    with pytest.raises(OutOfContext, match=r"513 tokens.* 512"):
         tiny_engine.score(cursor, [[70], [70, 71, 72]])
     for id in (259, -1):  # a padding row is no token
         with pytest.raises(BadInput, match=f"no token {id}: the vocabulary has 259"):

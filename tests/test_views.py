@@ -586,7 +586,7 @@ def test_prompt_state_and_model_stay_text(text: str):
 
 
 def test_state_says_how_far_and_how_it_ended():
-    assert "2 runs are before yours" in status.waiting(2)
+    assert "Waiting for 2 before yours" in status.waiting(2)
     assert "10 tokens · 5.0 tokens/s · seed 3" in status.writing(10, 2.0, 3)
     assert "Interrupted" in status.ended([], "01K")
     done = status.ended([RunEnded("done", "end token", 4, 4, 2.0)], "01KABCDEFGHIJ")

@@ -9,11 +9,10 @@ _SAID = {"done": "✓ Done", "stopped": "■ Stopped", "failed": "✕ Failed"}
 
 
 def waiting(ahead: int) -> str:
-    """ahead: runs before this one in the queue."""
+    """ahead: runs and loadings before this one in the queue."""
     if not ahead:
         return _line("busy", "Starting …")
-    runs = "one run is" if ahead == 1 else f"{ahead} runs are"
-    return _line("busy", f"Waiting: {runs} before yours.")
+    return _line("busy", f"Waiting for {'the one' if ahead == 1 else ahead} before yours.")
 
 
 def doing(what: str, share: float) -> str:

@@ -54,12 +54,16 @@ class Engine(Scoring, Looking):
         self.forwards = 0
 
     def _check_sizes(self) -> None:
+        """A table may be padded; and a tokenizer may have added tokens that a model of this size
+        was never given (Gemma 3 has one for images), which then cannot be used."""
         table = self._parts.embeddings.weight.shape[0]
-        if self.vocabulary.size > table:
+        beyond = set(range(table, self.vocabulary.size))
+        if beyond - set(self.tokenizer.added_tokens_decoder):
             raise ModelUnfit(
                 f"{self.identity['name']} does not fit its tokenizer: that has "
                 f"{self.vocabulary.size:,} tokens, the model's embedding only {table:,}."
             )
+        self.vocabulary.size = min(self.vocabulary.size, table)
 
     def _check_readout(self) -> None:
         """Unembedding the last hidden state must give the model's own logits, and so must the

@@ -211,11 +211,16 @@ class Passes:
 
 
 def used(layers: int, options: Options) -> list[int] | None:
-    """Indices of the blocks whose attention runs, and so writes into the cache; None = all."""
+    """Indices of the blocks whose attention runs, and so writes into the cache; None = all.
+
+    Raises: BadInput when none is left."""
     if options.upto is None and not options.skip:
         return None
-    return [
+    found = [
         index
-        for index in range(options.upto or layers)
+        for index in range(min(options.upto or layers, layers))
         if (index + 1, "attention") not in options.skip
     ]
+    if not found:  # nothing would be cached, and so no text ever computed
+        raise BadInput("Every attention is skipped: at least one must run.")
+    return found

@@ -131,7 +131,8 @@ class Scoring(Writing):
 
         rng: `ctx.rng`; sample i draws from `rng("sample", i)`, so it is the same whatever n is.
         At temperature 0 all are greedy. An end token ends a sample and belongs to it; the model's
-        window ends it, too. Stops between steps. Options may hold one policy a sample.
+        window ends it, too. Stops between steps. Options may hold one policy a sample;
+        prefix ids are then read with the model's own routing.
         Raises: OutOfContext when the prefix leaves no room; BadInput for a `max_new` below 1 or
         another number of policies than of samples; and as `step`. A cursor stays as it is.
         """
@@ -140,7 +141,8 @@ class Scoring(Writing):
         policies = options.policy if isinstance(options.policy, tuple) else ()
         if policies and len(policies) != n:
             raise BadInput(f"There are {len(policies)} routing policies for {n} samples.")
-        cursor = prefix if isinstance(prefix, Cursor) else self.prefill(prefix, options=options)
+        before = replace(options, policy=None) if policies else options
+        cursor = prefix if isinstance(prefix, Cursor) else self.prefill(prefix, options=before)
         start = cursor.pos
         self._check_room(start + 1)
         going = {i: self.fork(cursor) for i in range(n)}

@@ -4,6 +4,7 @@ Everything in float32 from the raw logits (the tail of the softmax vanishes in b
 decimals: more than float32 carries through a forward, and a third of the size in the database.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -29,13 +30,16 @@ def token(
     p_sampled: float | None = 1.0,
 ) -> Token:
     """The Token event for writing `id` at `step`. p_sampled: 1 when chosen greedily."""
-    raw = step.raw
-    logprobs = torch.log_softmax(raw, dim=-1)
-    entropy = -(logprobs.exp() * logprobs).nan_to_num(0.0).sum()
-    best, ids = logprobs[: engine.vocabulary.size].topk(min(TOP, engine.vocabulary.size))
-    rank = (raw > raw[id]).sum() + 1
-    written, spread, place = torch.stack([logprobs[id], entropy, rank]).tolist()
-    values = best.tolist()
+    size = engine.vocabulary.size
+    best, ids = step.raw[:size].topk(min(TOP, size))
+    # Below the likeliest, so that the sums keep their digits. All comes from one softmax:
+    # log p = below - total, and entropy = -sum p log p.
+    below = step.raw - best[0]
+    p = torch.softmax(below, dim=-1)
+    total = -p[ids[0]].log()
+    rank = (below > below[id]).sum() + 1.0
+    written, spread, place = torch.stack([below[id] - total, total - p.dot(below), rank]).tolist()
+    values = (best - best[0] - total).tolist()
     return Token(
         pos=step.pos,
         id=id,
@@ -44,7 +48,7 @@ def token(
         logprob=round(written, DIGITS),
         entropy=round(max(spread, 0.0), DIGITS),
         rank=int(place),
-        margin=round(_margin(best), DIGITS),
+        margin=round(_margin(values), DIGITS),
         p_sampled=None if p_sampled is None else round(p_sampled, DIGITS),
         top=tuple(
             (other, engine.vocabulary.display(other), round(value, DIGITS))
@@ -101,8 +105,8 @@ def draw(step: Step, rng: random.Random) -> tuple[int, float]:
     return id, float(probabilities[id])
 
 
-def _margin(best: torch.Tensor) -> float:
-    if len(best) < 2:
+def _margin(logprobs: Sequence[float]) -> float:
+    """Between the two likeliest, as probabilities; logprobs: likeliest first."""
+    if len(logprobs) < 2:
         return 1.0
-    first, second = best[:2].exp().tolist()
-    return float(first - second)
+    return math.exp(logprobs[0]) - math.exp(logprobs[1])

@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from analyzers.engine import Engine, builtin, token
+from analyzers.engine.cache import Past
 from analyzers.engine.loading import DEFAULT
 from analyzers.errors import CandorError
 from analyzers.home import models_folder
@@ -54,8 +55,8 @@ MEMORY_TARGET = 1.15
 COST_TARGET = 0.05
 """Share of a step that watching or recording may take: inspection is nearly free."""
 
-# Answers each line "tokens logprobs" with "tokens seconds". A model that is to give log-probabilities
-# keeps the logits of all positions, which the bare one need not pay for.
+# Answers each line "tokens logprobs" with "tokens seconds". Log-probabilities need a model that
+# keeps the logits of all positions, which the bare one does not pay for.
 CHILD = """
 import sys, time
 from llama_cpp import Llama
@@ -249,12 +250,10 @@ def _llama(tokens: int, progress: Progress) -> Iterator[dict[str, Callable[[], f
 def _asked(child: "subprocess.Popen[str]", name: str, tokens: int, logprobs: int) -> float:
     assert child.stdin and child.stdout
     answer = ""
-    try:
+    if child.poll() is None:
         child.stdin.write(f"{tokens} {logprobs}\n")
         child.stdin.flush()
         answer = child.stdout.readline()
-    except BrokenPipeError:
-        pass  # then there is no answer
     if not answer:
         raise CandorError("The process of llama.cpp ended: it cannot read its file, or crashed.")
     written, seconds = answer.split()
@@ -320,8 +319,9 @@ def _cache_row(engine: Engine) -> int:
     with torch.inference_mode():
         cursor = engine.prefill(engine.encode(Task(PROMPT)))
         engine.step(cursor)
-    parts = [part for layer in cursor.cache.layers for part in (layer.keys, layer.values)]
-    return sum(part.numel() * part.element_size() for part in parts) // cursor.cached
+    past = cursor.past
+    assert isinstance(past, Past)
+    return sum(buffer[:, :, :1].nbytes for layer in past.layers for buffer in layer.buffers or ())
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from analyzers.trace import Event, RunStarted, Token, surviving, text_of
 from app.command import as_command
 from app.page.context import PageContext
 from app.page.widgets import QUIET, chart, chosen, growing, view, words
-from app.runner import UPDATE_SECONDS, Fork, Job, Run, Update
+from app.runner import UPDATE_SECONDS, Fork, Job, ModelChoice, Run, Update
 from visualizations import curve, legend, panel, status, summary, tokens, turns
 from visualizations.signals import PROBABILITY, SIGNALS
 
@@ -71,7 +71,8 @@ class RunView:
         """Continue the shown run with the alternative that was clicked, as a new run."""
         at = chosen(event)
         if "fork" in at:
-            job = fork_job(self.ctx, run_id, at["pos"], at["fork"])
+            model = self.ctx.choice(request.session_hash)
+            job = fork_job(self.ctx, run_id, at["pos"], at["fork"], model)
             yield from self.run(lambda: self.ctx.runner.submit(job), request, signal)
 
     def _follow(self, run: Run, signal: str) -> Iterator[Outputs]:
@@ -188,7 +189,7 @@ def build_view(ctx: PageContext, name: str) -> RunView:
     return made
 
 
-def fork_job(ctx: PageContext, run_id: str, pos: int, id: int) -> Job:
+def fork_job(ctx: PageContext, run_id: str, pos: int, id: int, model: ModelChoice) -> Job:
     """Continue a run with another token, by its own method and settings; a text that was only
     read is continued by sampling."""
     started = next(event for event in _events(ctx, run_id) if isinstance(event, RunStarted))
@@ -197,7 +198,7 @@ def fork_job(ctx: PageContext, run_id: str, pos: int, id: int) -> Job:
         started.method if same else "sampling",
         params=started.params if same else {},
         seed=started.seed,
-        model=ctx.model,
+        model=model,
         fork=Fork(run_id, pos, id),
     )
 

@@ -1,7 +1,6 @@
 """The Generate tab: ask, watch the answer with its confidence, and go on from any token."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -186,8 +185,8 @@ class GenerateTab:
             model = self.ctx.choice(request.session_hash)
 
             def ask() -> Run:
-                job = fork_job(self.ctx, run_id, at["pos"], at["fork"])
-                return self.ctx.runner.submit(replace(job, model=model))
+                job = fork_job(self.ctx, run_id, at["pos"], at["fork"], model)
+                return self.ctx.runner.submit(job)
 
             updates = self.shown.run(ask, request, signal)
             yield from self._with_buttons(updates, run_id)
