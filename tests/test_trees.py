@@ -100,11 +100,13 @@ def test_a_large_tree_in_several_passes_is_the_same(tiny_engine, monkeypatch):
 def test_a_chain_is_a_tree_and_moves_no_rows(tiny_engine):
     cursor = begin(tiny_engine)
     checked = tiny_engine.verify(cursor, Tree.chain([70, 71, 72]))
-    buffers = cursor.past.layers[0].buffers
-    kept = [buffer.clone() for buffer in buffers]
+    layer = cursor.past.layers[0]
+    buffers, rows = layer.buffers, slice(0, cursor.pos + 2)
+    kept = [buffer[:, :, rows].clone() for buffer in buffers]
     tiny_engine.commit(cursor, checked.path(1))
-    for now, then in zip(cursor.past.layers[0].buffers, kept, strict=True):
-        assert torch.equal(now, then)
+    assert layer.buffers is buffers and layer.length == cursor.pos == rows.stop
+    for buffer, before in zip(buffers, kept, strict=True):
+        assert torch.equal(buffer[:, :, rows], before)
 
 
 def test_the_step_behind_a_node_is_filtered_with_its_own_path(tiny_engine):

@@ -126,13 +126,14 @@ class Base:
 
     def _pass(self, options: Options, taps: Collection[int] = (), **more: Any) -> Pass | None:
         """None when nothing is changed or tapped: then the model runs as it is."""
-        for layer in taps:
-            if not 0 <= layer <= self.layers:
-                raise BadInput(f"There is no layer {layer}: the model has {self.layers}.")
+        self._check_taps(taps)
         if options == PLAIN and not taps and not more:
             return None
         if options.upto is not None and not 1 <= options.upto <= self.layers:
             raise BadInput(f"Cannot stop after layer {options.upto} of {self.layers}.")
+        for layer, _ in options.skip:
+            if not 1 <= layer <= self.layers:
+                raise BadInput(f"Cannot skip layer {layer}: the model has 1 to {self.layers}.")
         if (options.policy or options.experts) and not self._parts.routers:
             raise ModelLacks(f"Routing needs experts, {self.identity['name']} has none.")
         if options.adapter is not None and options.adapter not in self._adapters:
@@ -179,6 +180,11 @@ class Base:
 
     # Checks of what is asked
 
+    def _check_taps(self, taps: Collection[int]) -> None:
+        for layer in taps:
+            if not 0 <= layer <= self.layers:
+                raise BadInput(f"There is no layer {layer}: the model has {self.layers}.")
+
     def _check_room(self, tokens: int) -> None:
         if tokens > self.context:
             raise OutOfContext(
@@ -196,7 +202,8 @@ class Base:
     def _where_broken(self, ids: Sequence[int], before: Pass | None) -> ModelBroken:
         """The error for logits that are not finite, with the layer where that began."""
         options = before.options.of_row(0) if before else PLAIN
-        this = Pass(self.layers, options, range(self.layers + 1))
+        this = self._pass(options, range(self.layers + 1))
+        assert this is not None  # it has taps
         self._run(this, None, [ids], [range(len(ids))], keep=1)
         bad = [layer for layer, states in this.hidden.items() if not states.isfinite().all()]
         place = f"layer {min(bad)} of {self.layers}" if bad else "the head"

@@ -40,7 +40,7 @@ class Engine(Scoring, Looking):
     ) -> None:
         super().__init__(model, tokenizer, identity)
         self.can: frozenset[Need] = ALWAYS
-        if not self._recurrent:
+        if not self._recurrent and model._can_set_attn_implementation():
             self.can |= {"attention"}
         if self._parts.tree and not self._recurrent:
             self.can |= {"tree"}

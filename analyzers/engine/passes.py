@@ -211,16 +211,11 @@ class Passes:
 
 
 def used(layers: int, options: Options) -> list[int] | None:
-    """Indices of the blocks whose attention runs, and so writes into the cache; None = all.
-
-    Raises: BadInput when none is left."""
+    """Indices of the blocks whose attention runs, and so writes into the cache; None = all."""
     if options.upto is None and not options.skip:
         return None
-    found = [
+    return [
         index
         for index in range(min(options.upto or layers, layers))
         if (index + 1, "attention") not in options.skip
     ]
-    if not found:  # nothing would be cached, and so no text ever computed
-        raise BadInput("Every attention is skipped: at least one must run.")
-    return found

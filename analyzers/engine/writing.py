@@ -96,6 +96,10 @@ class Writing(Base):
         many = [cursors] if isinstance(cursors, Cursor) else list(cursors)
         if len({id(cursor) for cursor in many}) < len(many):
             raise BadInput("A cursor can be in a batch only once: fork it.")
+        if isinstance(options.policy, tuple) and len(options.policy) != len(many):
+            raise BadInput(
+                f"There are {len(options.policy)} routing policies for {len(many)} texts."
+            )
         for cursor in many:
             self._check_room(cursor.pos)
         with self._restoring(*many):
@@ -237,6 +241,8 @@ class Writing(Base):
             raise BadInput("There is nothing to start from: not one token.")
         self._settle(cursor)
         layers = used(self.layers, options)
+        if layers == []:  # where no attention runs, the past is not looked at
+            return
         cursor.past.crop_to(min(to, cursor.past.length(layers)))
         this = self._pass(options)
         long = to - cursor.past.length(layers) > 1
@@ -259,7 +265,7 @@ class Writing(Base):
     ) -> torch.Tensor:
         """Compute `ids` after what is cached."""
         layers = used(self.layers, options)
-        done = cursor.past.length(layers)
+        done = cursor.pos - 1 if layers == [] else cursor.past.length(layers)
         positions = range(done, done + len(ids))
         mask = None
         if layers is not None:  # the model would take the length of its first layer
@@ -300,6 +306,7 @@ class Writing(Base):
         filters: Filters,
         taps: Collection[int],
     ) -> Step:
+        self._check_taps(taps)
         self.poll()
         self.forwards += 1
         past = cursor.past

@@ -51,7 +51,7 @@ def measure(
         engine = load(model, quantization="none", dtype=dtype)
         other = bare(model, getattr(torch, dtype))
         text, asked = _texts(engine, prefix, count, length)
-        ways = {
+        ways: dict[str, Callable[[], float]] = {
             TOGETHER: partial(_together, engine, text, asked),
             ALONE: _one_by_one(other, text, asked),
         }
