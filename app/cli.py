@@ -161,7 +161,16 @@ def _bench(args: argparse.Namespace) -> int:
             print(f"{name:10} {about}")
         return DONE
     rows = bench.run(args.name, progress=_say)
-    _table(rows, args.json, ("name", "value", "unit", "baseline", "ratio", "target", "met", "n"))
+    if not args.json:  # a limit says in which direction it is one
+        signs = {"less": "<=", "more": ">="}
+        rows = [
+            each | {"target": f"{signs[each['better']]} {each['target']:g}"}
+            if each["target"] is not None
+            else each
+            for each in rows
+        ]
+    columns = ("name", "value", "spread", "unit", "baseline", "ratio", "target", "met", "n")
+    _table(rows, args.json, columns)
     return DONE
 
 

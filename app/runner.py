@@ -405,6 +405,14 @@ class Runner:
             resident = self._find(choice) if choice else next(reversed(self._residents), None)
             return resident.facts() if resident else None
 
+    def measure_again(self, choice: ModelChoice) -> None:
+        """Forget what passes of this model cost, and measure it when nothing is asked: the table
+        of a machine that was busy is wrong. Nothing happens if the model is not loaded."""
+        with self._wake:
+            if resident := self._find(choice):
+                resident.tried, resident.engine.cost = False, None
+                self._wake.notify_all()
+
     def close(self) -> None:
         """Stop what runs, write everything, end the threads."""
         with self._wake:

@@ -524,6 +524,15 @@ def test_the_cost_is_measured_once_kept_and_recorded_with_runs(runners, measured
     assert eventually(lambda: cost_of(later, "b")) and measured == ["a", "b"]
 
 
+def test_a_cost_can_be_measured_again(runners, measured):
+    runner = runners(measure=True)
+    load(runner, "a")
+    assert eventually(lambda: cost_of(runner, "a"))
+    runner.measure_again(ModelChoice("a"))
+    runner.measure_again(ModelChoice("not here"))
+    assert eventually(lambda: measured == ["a", "a"] and cost_of(runner, "a"))
+
+
 def test_nothing_is_measured_when_that_was_not_wanted(runners, measured):
     runner = runners(measure=False)
     run = go(runner, job("a"))

@@ -8,7 +8,7 @@ from visualizations.text import escape, human_size
 
 
 def residents(models: Iterable[tuple[str, Mapping[str, Any]]], mine: str) -> str:
-    """A list with the buttons Use and Unload, which carry the key of their row. models: key and
+    """A list with the buttons Use, Measure and Unload, which carry the key of their row. models: key and
     facts as in `header.render`; mine: the key of the one that this visitor uses."""
     rows = "".join(_row(key, model, key == mine) for key, model in models)
     if not rows:
@@ -47,6 +47,8 @@ def _row(key: str, model: Mapping[str, Any], mine: bool) -> str:
     return (
         f'<li><span class="what"><b title="{escape(name)}">{escape(short_name(name))}</b> '
         f"<small>{weights(model)}</small></span>{first}"
+        f'<button type="button" data-measure="{escape(key)}" title="What a token costs: measure '
+        f'it again, when nothing else runs on this machine">Measure</button>'
         f'<button type="button" data-unload="{escape(key)}">Unload</button></li>'
     )
 

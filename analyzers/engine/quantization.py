@@ -127,9 +127,9 @@ class _Product(torch.autograd.Function):
         ctx: Any, rows: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(quantized, scale)
-        # Scaled before the product, or the result would be rounded twice: in bfloat16 that made
-        # 4.0 % of the likeliest tokens others than the unquantized model's, instead of 3.6 %. It
-        # also keeps the sums within float16.
+        # Scaled before the product, or the result is rounded twice: in bfloat16 logits of 20 were
+        # off by 0.045 then (root mean square), by 0.037 so, and by 0.033 in the kernel. It also
+        # keeps the sums within float16.
         pairs = zip(_pieces(quantized), scale.split(_rows_of_piece(quantized)), strict=True)
         parts = [F.linear(rows, part.to(rows.dtype) * by[:, None]) for part, by in pairs]
         return torch.cat(parts, -1)

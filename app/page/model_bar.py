@@ -34,7 +34,7 @@ COST_SECONDS = 2.0
 # close the form.
 _LIST = """
 element.addEventListener('click', (event) => {
-  const hit = event.target.closest('[data-use],[data-unload]');
+  const hit = event.target.closest('[data-use],[data-unload],[data-measure]');
   if (hit) trigger('select', {...hit.dataset});
 });
 const bar = element.closest('#model-bar');
@@ -197,7 +197,8 @@ class ModelBar:
         self.ctx.cancel(request.session_hash)
 
     def act(self, event: gr.EventData, request: gr.Request) -> Iterator[Outputs]:
-        """Use one of the models in memory, or unload it when the work before that is done."""
+        """Use one of the models in memory, measure its cost again, or unload it when the work
+        before that is done."""
         said = ""
         there = {_key(row["choice"]): row["choice"] for row in self.ctx.runner.residents()}
         for name, key in chosen(event).items():
@@ -205,6 +206,9 @@ class ModelBar:
                 said = models.hint("That model is no longer in memory.")
             elif name == "use":
                 self.ctx.chosen[request.session_hash or ""] = there[key]
+            elif name == "measure":
+                self.ctx.runner.measure_again(there[key])
+                said = models.hint("Measuring what a token costs, as soon as nothing else runs.")
             else:
                 for update in self.ctx.runner.unload(there[key]).updates():
                     going = models.hint("Unloading …")
