@@ -235,8 +235,9 @@ def test_fork_compares_with_a_plain_step_in_bfloat16(folder):
     rows = named(fork.measure(silent, model=str(folder), length=60, back=40, rounds=3))
     base = rows["bfloat16: plain step"]["value"]
     for dtype, target in (("bfloat16", 0.10), ("float32", None)):
-        extra = rows[f"{dtype}: fork and rewind"]
+        extra = rows[f"{dtype}: fork and rewind, first steps included"]
         assert (extra["baseline"], extra["target"], extra["n"]) == (base, target, 3)
+        assert rows[f"{dtype}: fork and rewind, copying"]["value"] > 0
         assert rows[f"{dtype}: letting go of it"]["n"] == 3
 
 

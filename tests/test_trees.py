@@ -208,3 +208,28 @@ def test_a_cursor_cannot_be_twice_in_a_batch(tiny_engine):
     cursor = begin(tiny_engine)
     with pytest.raises(BadInput, match="only once"):
         tiny_engine.step([cursor, cursor])
+
+
+def test_buffers_of_a_cache_that_is_gone_serve_the_next_one(own_engine):
+    """Only within the same mode: what inference mode made may not be written to outside of it."""
+    with torch.inference_mode():
+        cursor = begin(own_engine)
+        gone = {buffer.data_ptr() for layer in cursor.past.layers for buffer in layer.buffers}
+        del cursor
+        again = begin(own_engine)
+        assert gone == {b.data_ptr() for layer in again.past.layers for b in layer.buffers}
+        kept = own_engine.step(again).raw
+        branch = own_engine.fork(again)  # while the first is alive, it has its own
+        assert not gone & {b.data_ptr() for layer in branch.past.layers for b in layer.buffers}
+        del branch
+    del again
+    outside = begin(own_engine)
+    torch.testing.assert_close(own_engine.step(outside).raw, kept, **CLOSE)
+
+
+def test_no_more_than_a_little_is_kept_for_later(own_engine, monkeypatch):
+    monkeypatch.setattr("analyzers.engine.cache.SPARE", 0)
+    before = own_engine._spare._bytes
+    cursor = begin(own_engine)
+    del cursor
+    assert own_engine._spare._bytes == before

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLa
 
 from analyzers.engine import lora
 from analyzers.engine.adapters import parts
-from analyzers.engine.cache import GrowingLayer, Past, StatePast
+from analyzers.engine.cache import GrowingLayer, Past, Spare, StatePast
 from analyzers.engine.flat import Flat
 from analyzers.engine.masks import Mask
 from analyzers.engine.passes import Pass, Passes
@@ -51,6 +51,7 @@ class Base:
         self._parts = parts(model)
         self._passes = Passes(model, self._parts)
         self._flat = Flat.of(model, self._parts)
+        self._spare = Spare()
         self._adapters: dict[str, lora.Adapter] = {}
         self._recurrent = _has_state(self._library_cache())
 
@@ -159,7 +160,7 @@ class Base:
     def _new_past(self) -> Past | StatePast:
         if self._recurrent:
             return StatePast(self._library_cache)
-        return Past(GrowingLayer() for _ in range(self.layers))
+        return Past(GrowingLayer(self._spare) for _ in range(self.layers))
 
     def _library_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)

@@ -16,25 +16,82 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 FIRST_ROOM = 256
+# Bytes of buffers that wait for the next cache of an engine.
+SPARE = 256_000_000
 # Columns a batch has beyond its longest row before it must be gathered again.
 BATCH_ROOM = 128
 SNAPSHOT_EVERY = 64
 SNAPSHOTS = 8
 
 
+Buffers = tuple[torch.Tensor, torch.Tensor]
+
+
+class Spare:
+    """Buffers of caches that are gone, for the next ones.
+
+    Copying 1,000 tokens into new memory costs four times what the copying costs: the system hands
+    it out page by page, each of them zeroed first. Rooms are powers of two, so that they fit again.
+    """
+
+    def __init__(self) -> None:
+        self._there: dict[object, list[Buffers]] = {}
+        self._bytes = 0
+
+    def take(self, key_states: torch.Tensor, value_states: torch.Tensor, length: int) -> Buffers:
+        """Buffers like the states (1, heads, tokens, dim) with room for more than `length` rows;
+        what is in them is undefined."""
+        room = max(FIRST_ROOM, 1 << (length + length // 4).bit_length())
+        kind = _kind(key_states, value_states, room, torch.is_inference_mode_enabled())
+        if waiting := self._there.get(kind):
+            found = waiting.pop()
+            self._bytes -= _bytes(found)
+            return found
+        return _rows_like(key_states, room), _rows_like(value_states, room)
+
+    def give(self, buffers: Buffers) -> None:
+        """Nobody uses these any more."""
+        if self._bytes + _bytes(buffers) <= SPARE:
+            kind = _kind(*buffers, buffers[0].shape[-2], buffers[0].is_inference())
+            self._there.setdefault(kind, []).append(buffers)
+            self._bytes += _bytes(buffers)
+
+
+def _kind(keys: torch.Tensor, values: torch.Tensor, room: int, inference: bool) -> object:
+    """What buffers must have in common to stand for each other. A tensor made in inference mode
+    may not be written to outside of it."""
+    shapes = [(each.shape[1], each.shape[3]) for each in (keys, values)]
+    return (*shapes, room, keys.dtype, keys.device, inference)
+
+
+def _bytes(buffers: Buffers) -> int:
+    return sum(buffer.nbytes for buffer in buffers)
+
+
 class GrowingLayer(CacheLayerMixin):
     """Keys and values of one layer: the first `length` rows of buffers (1, heads, room, dim).
 
-    home: the batch layer and row whose buffers these are a view of, if any."""
+    spare: where buffers come from and go to. home: the batch layer and row whose buffers these are
+    a view of, if any."""
 
     is_sliding = False
     is_croppable = True
     is_initialized = True
 
-    def __init__(self) -> None:
+    def __init__(self, spare: Spare) -> None:
+        self.spare = spare
         self.length = 0
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.buffers: Buffers | None = None
         self.home: tuple[BatchLayer, int] | None = None
+
+    def __del__(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the buffers; those of a batch are the batch's."""
+        if self.buffers is not None and self.home is None:
+            self.spare.give(self.buffers)
+        self.buffers = self.home = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing: the first update makes the buffers."""
@@ -52,19 +109,19 @@ class GrowingLayer(CacheLayerMixin):
 
     def _room(
         self, length: int, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Buffers:
         if self.buffers is None or length > self.buffers[0].shape[-2]:
-            room = max(FIRST_ROOM, 2 * length)
-            grown = (_rows_like(key_states, room), _rows_like(value_states, room))
+            grown = self.spare.take(key_states, value_states, length)
             if self.buffers is not None:
                 for new, old in zip(grown, self.buffers, strict=True):
                     new[:, :, : self.length] = old[:, :, : self.length]
-            self.buffers, self.home = grown, None
+            self.release()
+            self.buffers = grown
         return self.buffers
 
     def copy(self, length: int) -> "GrowingLayer":
         """A layer of its own with the first `length` rows."""
-        twin = GrowingLayer()
+        twin = GrowingLayer(self.spare)
         if self.buffers is not None and length:
             twin.update(*(buffer[:, :, :length] for buffer in self.buffers))
         return twin
@@ -173,7 +230,7 @@ class BatchLayer(CacheLayerMixin):
 
     def __init__(self, members: list[GrowingLayer]) -> None:
         self.members = members
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.buffers: Buffers | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing: the first update gathers the rows."""
@@ -193,9 +250,7 @@ class BatchLayer(CacheLayerMixin):
         longest = max(columns) + 1
         return keys[:, :, :longest], values[:, :, :longest]
 
-    def _gather(
-        self, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Buffers:
         room = max(member.length for member in self.members) + BATCH_ROOM
         # Zeros, not whatever is in memory: a masked NaN would still be a NaN.
         self.buffers = (
@@ -207,6 +262,7 @@ class BatchLayer(CacheLayerMixin):
             if member.buffers is not None:
                 for new, old in zip(mine, member.buffers, strict=True):
                     new[:, :, : member.length] = old[:, :, : member.length]
+            member.release()
             member.buffers, member.home = (mine[0], mine[1]), (self, row)
         return self.buffers
 
