@@ -423,7 +423,7 @@ def test_quality_compares_every_way_with_bfloat16(tmp_path, monkeypatch):
     rows = quality.measure(lambda what: None, folder=tmp_path, texts=texts)
     by_name = {each["name"]: each for each in rows}
     measured = [name for name in by_name if "near-ties" not in name]
-    assert len(rows) == len(by_name) and len(measured) == 2 * 2 * len(ours)
+    assert len(rows) == len(by_name) and len(measured) == 2 * 3 * len(ours)
     assert by_name["bfloat16: another likeliest token"]["value"] == 0
     assert "bfloat16: near-ties among these" not in by_name
     base, hard = by_name["bfloat16: perplexity"], by_name["bfloat16, hard text: perplexity"]
@@ -437,14 +437,23 @@ def test_quality_compares_every_way_with_bfloat16(tmp_path, monkeypatch):
 
 
 def test_near_ties_are_those_of_the_base():
-    def reading(best, margin):
-        return quality.Reading(2.0, torch.tensor(best), torch.tensor(margin))
+    def reading(best, margin, firsts=None):
+        firsts = firsts or [{each} for each in best]
+        return quality.Reading(2.0, torch.tensor(best), torch.tensor(margin), firsts)
 
     base = reading([1, 2, 3, 4, 5], [0.1, 0.1, 3.0, 0.2, 3.0])
     other = reading([1, 0, 0, 0, 5], [3.0, 3.0, 0.1, 0.1, 0.1])
     rows = quality._rows("other", "", {quality.BASE: base, "other": other})
-    assert [each["value"] for each in rows[1:]] == pytest.approx([60.0, 100 * 2 / 3])
-    assert rows[2]["n"] == 3
+    assert [each["value"] for each in rows[1:]] == pytest.approx([60.0, 60.0, 100 * 2 / 3])
+    assert rows[3]["n"] == 3
+
+
+def test_any_of_the_bases_equal_firsts_is_as_likely_as_the_other():
+    """What stands first among exactly equal logits is no choice of the model."""
+    base = quality.Reading(2.0, torch.tensor([1, 2]), torch.tensor([0.0, 1.0]), [{1, 7}, {2}])
+    other = quality.Reading(2.0, torch.tensor([7, 2]), torch.tensor([1.0, 1.0]), [{7}, {2}])
+    rows = quality._rows("other", "", {quality.BASE: base, "other": other})
+    assert [each["value"] for each in rows[1:]] == [0.0, 50.0]
 
 
 def test_of_a_chat_the_answer_is_judged(smollm):

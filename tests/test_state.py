@@ -66,9 +66,7 @@ def test_a_fork_equals_recomputation(recurrent, to):
     recurrent.push(branch, 90)
     write(recurrent, branch, 3)
     for each in (branch, cursor):
-        torch.testing.assert_close(
-            recurrent.step(each).raw, full(recurrent, each.ids)[-1], **CLOSE
-        )
+        torch.testing.assert_close(recurrent.step(each).raw, full(recurrent, each.ids)[-1], **CLOSE)
 
 
 def test_many_cursors_scores_and_samples_are_those_of_one_by_one(recurrent):

@@ -8,8 +8,8 @@ from visualizations.text import escape, human_size
 
 
 def residents(models: Iterable[tuple[str, Mapping[str, Any]]], mine: str) -> str:
-    """A list with the buttons Use, Measure and Unload, which carry the key of their row. models: key and
-    facts as in `header.render`; mine: the key of the one that this visitor uses."""
+    """A list with the buttons Use, Measure and Unload, which carry the key of their row. models:
+    key and facts as in `header.render`; mine: the key of the one that this visitor uses."""
     rows = "".join(_row(key, model, key == mine) for key, model in models)
     if not rows:
         return '<div class="candor candor-models"><p class="note">No model is in memory.</p></div>'

@@ -107,9 +107,7 @@ class GrowingLayer(CacheLayerMixin):
         self.length = length
         return keys[:, :, :length], values[:, :, :length]
 
-    def _room(
-        self, length: int, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> Buffers:
+    def _room(self, length: int, key_states: torch.Tensor, value_states: torch.Tensor) -> Buffers:
         if self.buffers is None or length > self.buffers[0].shape[-2]:
             grown = self.spare.take(key_states, value_states, length)
             if self.buffers is not None:

@@ -90,7 +90,10 @@ def _through(
     turned = block.heads + block.key_heads
     qkv = block.qkv(block.first_norm(x)).view(turned + block.key_heads, block.dim)
     if block.query_norm and block.key_norm:
-        queries, keys = block.query_norm(qkv[: block.heads]), block.key_norm(qkv[block.heads : turned])
+        queries, keys = (
+            block.query_norm(qkv[: block.heads]),
+            block.key_norm(qkv[block.heads : turned]),
+        )
         both = torch.cat((queries, keys))
     else:
         both = qkv[:turned]

@@ -191,7 +191,7 @@ class Writing(Base):
         raw = [before.raw] if before else []
         hidden = [before.hidden] if before else []
         with self._restoring(cursor):
-            for chunk, rows, states in self._through(cursor, tree, before, taps, options):
+            for _, rows, states in self._through(cursor, tree, before, taps, options):
                 raw.append(rows)
                 hidden.append(states)
             cursor.checked = Checked(

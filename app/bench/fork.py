@@ -5,7 +5,8 @@ time two plain steps are taken away, on texts of the same 1,000 and 900 tokens t
 measured in the same rounds. What is left is the copying, and whatever the first step on a fresh
 copy costs more: memory that is touched for the first time, or a buffer that must grow. Steps vary
 from one to the next by more than a fork takes, so the copying is timed by itself, and the steps are
-compared by their lower quartiles, because what disturbs a step only ever adds. The sum is compared with one plain step in bfloat16; a step reads all weights, which leaves nothing of any text
+compared by their lower quartiles, because what disturbs a step only ever adds. The sum is
+compared with one plain step in bfloat16; a step reads all weights, which leaves nothing of any text
 in the processor's caches, so that neither side finds its keys and values warm.
 
 Before each measurement the text is made whole again and one step is taken that does not count, so
