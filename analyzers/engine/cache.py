@@ -113,8 +113,8 @@ class GrowingLayer(CacheLayerMixin):
             if self.buffers is not None:
                 for new, old in zip(grown, self.buffers, strict=True):
                     new[:, :, : self.length] = old[:, :, : self.length]
-            self.release()
-            self.buffers = grown
+            # What was outgrown is not kept: a text that only grows would hold itself twice.
+            self.buffers, self.home = grown, None
         return self.buffers
 
     def copy(self, length: int) -> "GrowingLayer":

@@ -19,6 +19,7 @@ class Vocabulary:
             id: tokenizer.convert_ids_to_tokens(id) for id in set(tokenizer.all_special_ids)
         }
         self._raw = _bytes_of_tokens(tokenizer)
+        self._shown: dict[int, str] = {}
 
     def special(self, id: int) -> bool:
         return id in self._special
@@ -45,7 +46,12 @@ class Vocabulary:
 
     def display(self, id: int) -> str:
         """A token by itself, for a list of alternatives: hex bytes in angle brackets where it is
-        only a part of a character."""
+        only a part of a character. The same string each time: ten are kept with every token."""
+        if id not in self._shown:
+            self._shown[id] = self._displayed(id)
+        return self._shown[id]
+
+    def _displayed(self, id: int) -> str:
         if id in self._special:
             return self._special[id]
         raw = self.raw(id)
