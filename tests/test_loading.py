@@ -67,6 +67,7 @@ def test_progress_comes_with_every_weight_and_never_goes_back(folder):
     assert phases.count("weights") == len(tiny.model().state_dict())
     assert phases.count("int8") == 3 * 7 + 1
     assert engine.identity["quantization"] == "int8"
+    assert 0 < engine.identity["unquantized"] < 0.5  # the embedding and the norms
 
 
 @pytest.mark.parametrize("gguf", [False, True])

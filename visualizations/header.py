@@ -73,6 +73,8 @@ def _cost(
         ("Reading a prompt", f"{cost['prefill']:,.0f} tokens/s"),
         ("Memory of the weights", human_size(model["memory"])),
     ]
+    if "unquantized" in model:
+        rows.append(("Weights left as floats", f"{100 * model['unquantized']:.0f} %"))
     note = "Measured on this computer when the model was first loaded, and recorded with each run."
     if quality:
         share, where = quality

@@ -54,7 +54,8 @@ def load(
 
     quantization, dtype, device: `memory.plan` decides what is "auto". double, compute: of nf4 and
     fp4, whether their scales are quantized as well, and the dtype of the products ("auto":
-    bfloat16). remote_code: whether the model may bring code of its own. progress(what, share of 1)
+    bfloat16). remote_code: whether the model may bring code of its own. The identity also says how
+    much stayed `unquantized` (share of the weights, by number). progress(what, share of 1)
     is called with every weight; a CandorError from it (a stop) ends the loading.
 
     Raises: BadInput, ModelNotFound, ModelUnsafe, ModelBroken, ModelTooLarge, ModelUnfit; nothing
@@ -97,6 +98,8 @@ def _load(
         "device": "split" if plan.split else str(plan.device),
         "parameters": parameters,
     }
+    if plan.quantization != "none":
+        identity["unquantized"] = round(quantization.weights(model).unquantized, 4)
     if plan.quantization in ("nf4", "fp4"):
         identity |= {"double": plan.double, "compute": _name(products)}
     if any(type(each).__module__.startswith("transformers_modules") for each in (model, tokenizer)):

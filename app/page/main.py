@@ -6,7 +6,9 @@ import socket
 import sys
 import threading
 import webbrowser
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import plotly
@@ -14,6 +16,8 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
+from analyzers.engine import quantization
+from analyzers.engine.loading import DEFAULT
 from analyzers.errors import BadInput, CandorError
 from analyzers.home import database_path
 from app.page import theme
@@ -24,6 +28,7 @@ from app.page.tabs import generate, history
 from app.page.widgets import PLOTLY
 from app.runner import ModelChoice, Runner
 from sessions.store import Store
+from visualizations.text import human_size
 
 
 def build(ctx: PageContext) -> gr.Blocks:
@@ -89,6 +94,7 @@ def serve(
     atexit.register(runner.close)
     try:
         runner.prepare(model, _say_progress)
+        _say(_loaded(runner.model_facts() or {}))
     except CandorError as error:
         _say(f"{error} The page starts without a model.")
     ctx = PageContext(runner, store, model)
@@ -125,6 +131,17 @@ def _has_desktop() -> bool:
     return sys.platform in ("darwin", "win32") or bool(
         os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     )
+
+
+def _loaded(facts: Mapping[str, Any]) -> str:
+    """What was loaded, the memory it takes, and what its quantization costs in quality."""
+    kind = facts["quantization"]
+    how = facts["dtype"] if kind == "none" else kind
+    said = f"{facts['name']}: {how} on {facts['device']}, {human_size(facts['memory'])}"
+    if kind in quantization.COST and kind != "none":
+        said += f"; measured on {DEFAULT}, {kind} changes the perplexity by "
+        said += f"{100 * quantization.COST[kind]:+.1f} %"
+    return said
 
 
 def _say(text: str) -> None:
