@@ -580,7 +580,7 @@ def test_prompt_state_and_model_stay_text(text: str):
     check(
         models.residents([(text, {**MODEL, **facts}), ("b", MODEL)], "b") + models.hint(text),
         {"div", "h3", "ul", "li", "span", "b", "small", "button", "p"},
-        {"class", "title", "type", "data-use", "data-unload", "role"},
+        {"class", "title", "type", "data-use", "data-measure", "data-unload", "role"},
     )
     assert turns.asked([]) == ""
 
@@ -616,8 +616,11 @@ def test_the_bar_says_what_is_not_there():
 def test_models_in_memory_have_their_buttons():
     seen = Seen(models.residents([("a", MODEL), ("b", MODEL)], "b"))
     buttons = [attributes for tag, attributes in seen.tags if tag == "button"]
-    keys = [(row.get("data-use"), row.get("data-unload")) for row in buttons]
-    assert keys == [("a", None), (None, "a"), (None, "b")]
+    keys = [{k: v for k, v in row.items() if k.startswith("data-")} for row in buttons]
+    assert keys == [
+        {"data-use": "a"}, {"data-measure": "a"}, {"data-unload": "a"},
+        {"data-measure": "b"}, {"data-unload": "b"},
+    ]  # fmt: skip
     assert seen.text.count("in use") == 1
     assert "No model is in memory" in models.residents([], "")
 
