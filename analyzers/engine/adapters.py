@@ -100,7 +100,9 @@ class Parts:
 
     def readout(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocab) of a hidden state (..., d_model): norm, head, scale, soft-cap."""
-        logits = self.head(self.norm(hidden)) * self.scale
+        logits = self.head(self.norm(hidden))
+        if self.scale != 1:  # for many rows a pass over all logits is worth sparing
+            logits = logits * self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 

@@ -41,9 +41,9 @@ class Looking(Writing):
         logits = self._parts.readout(hidden.to(self.model.dtype))
         found = []
         for some in logits.split(SOFTMAX_ROWS):
-            raw = some.float()
-            best, ids = raw[:, :size].topk(k)
-            found.append((ids, best - raw.logsumexp(-1, keepdim=True)))
+            logprobs = torch.log_softmax(some.float(), dim=-1)
+            best, ids = logprobs[:, :size].topk(k)
+            found.append((ids, best))
         return torch.cat([ids for ids, _ in found]), torch.cat([best for _, best in found])
 
     def embeddings(self, ids: Sequence[int]) -> torch.Tensor:
