@@ -132,6 +132,7 @@ def test_the_identity_says_what_was_decided(folder):
         "dtype": "bfloat16",
         "device": "cpu",
         "parameters": tiny.model().num_parameters(),
+        "unquantized": same["unquantized"],
     }
     exact = load(str(folder), quantization="none").identity
     assert (exact["dtype"], exact["hash"]) == ("float32", same["hash"])
