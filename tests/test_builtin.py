@@ -38,6 +38,13 @@ NAMES = {  # in a GGUF -> in transformers
 }
 
 
+def finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_gguf(path: Path) -> None:
     """Two llama layers in Q4_1 with Q8_0 embeddings, as the default model has them."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -85,10 +92,7 @@ def write_gguf(path: Path) -> None:
         add(f"blk.{layer}.ffn_gate.weight", 96, WIDTH)
         add(f"blk.{layer}.ffn_up.weight", 96, WIDTH)
         add(f"blk.{layer}.ffn_down.weight", WIDTH, 96)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 @pytest.fixture(scope="module")
@@ -311,10 +315,7 @@ def write_gemma(path: Path) -> None:
     for layer in range(2):
         for part in GEMMA:
             add(f"blk.{layer}.{part}.weight", *shapes.get(part, (WIDTH,)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 @pytest.fixture(scope="module")

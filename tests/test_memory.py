@@ -123,7 +123,7 @@ def test_the_default_model_takes_what_was_predicted(quantization, dtype):
     source = resolve("smollm2-135m")
     made = memory.plan(source, quantization, dtype)
     engine = load(quantization=quantization, dtype=dtype)
-    assert made.weights == memory.predict(source, quantization, dtype)
+    assert made.weights == memory.plan(source, quantization, dtype).weights
     assert made.weights == pytest.approx(engine.memory, rel=0.01)
     assert engine.identity["parameters"] == memory.headers(source).parameters
     assert made.peak > made.weights
@@ -140,7 +140,7 @@ PACKED = [family for family in tiny.FAMILIES if family != "falcon"]
 def test_tiny_models_take_what_was_predicted(tmp_path, family, quantization):
     source = saved(tmp_path, family)
     engine = load(source.ref, quantization=quantization, dtype="bfloat16")
-    predicted = memory.predict(source, quantization, "bfloat16")
+    predicted = memory.plan(source, quantization, "bfloat16").weights
     assert predicted == pytest.approx(engine.memory, rel=0.1)
 
 
@@ -148,17 +148,17 @@ def test_four_bits_are_half_a_byte_and_the_scales(tmp_path):
     found = {"model.embed_tokens.weight": ("BF16", (10, 64)), "a.weight": ("BF16", (64, 64))}
     source = written(tmp_path, found)
     floats, packed = 640 * 2, 4096
-    plain = memory.predict(source, "nf4", "bfloat16", "cpu", double=False)
+    plain = memory.plan(source, "nf4", "bfloat16", "cpu", double=False).weights
     assert plain == floats + packed // 2 + packed // 64 * 4
-    double = memory.predict(source, "nf4", "bfloat16", "cpu", double=True)
+    double = memory.plan(source, "nf4", "bfloat16", "cpu", double=True).weights
     assert double == floats + packed // 2 + packed // 64 + packed // 64 // 256 * 4 + 1
-    assert memory.predict(source, "int8-bnb", "bfloat16", "cpu") == floats + packed + 64 * 4
+    assert memory.plan(source, "int8-bnb", "bfloat16", "cpu").weights == floats + packed + 64 * 4
 
 
 def test_bitsandbytes_is_predicted_for_the_default_model():
     pytest.importorskip("bitsandbytes")
     engine = load(quantization="nf4", device="cpu")
-    predicted = memory.predict(resolve("smollm2-135m"), "nf4", device="cpu")
+    predicted = memory.plan(resolve("smollm2-135m"), "nf4", device="cpu").weights
     assert predicted == pytest.approx(weights(engine.model).bytes, rel=0.02)
     assert {"double": True, "compute": "bfloat16"}.items() <= engine.identity.items()
     assert engine.identity["parameters"] == 134_515_008

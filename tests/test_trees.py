@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from analyzers.engine import Cursor, Engine, Filters, Tree
+from analyzers.engine import Cursor, Engine, Filters, Options, Tree
 from analyzers.errors import BadInput, OutOfContext, Stopped
 from analyzers.task import Task
 from tests import tiny
@@ -233,3 +233,30 @@ def test_no_more_than_a_little_is_kept_for_later(own_engine, monkeypatch):
     cursor = begin(own_engine)
     del cursor
     assert own_engine._spare._bytes == before
+
+
+def test_other_taps_are_taken_from_the_whole_tree_again(tiny_engine):
+    cursor = begin(tiny_engine)
+    tiny_engine.verify(cursor, Tree(TREE.ids[:3], TREE.parents[:3]))
+    again = tiny_engine.verify(cursor, TREE, taps=(2,))
+    whole = tiny_engine.verify(begin(tiny_engine), TREE, taps=(2,))
+    torch.testing.assert_close(again.hidden[2], whole.hidden[2], **CLOSE)
+    none = tiny_engine.verify(cursor, TREE)
+    torch.testing.assert_close(none.raw, whole.raw, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "options", [Options(upto=2), Options(skip=frozenset({(2, "attention")}))], ids=["upto", "skip"]
+)
+@pytest.mark.parametrize("node", [1, 6])
+def test_layers_that_were_skipped_compute_what_was_committed_later(any_engine, options, node):
+    cursor = begin(any_engine)
+    any_engine.step(cursor)
+    checked = any_engine.verify(cursor, TREE, options=options)
+    any_engine.commit(cursor, checked.path(node))
+    any_engine.push(cursor, 80)
+    assert cursor.cached < cursor.pos - 1  # the skipped ones are behind
+    any_engine.rewind(cursor, 25)  # before what the options wrote
+    any_engine.extend(cursor, [81, 82])
+    raw = any_engine.step(cursor).raw
+    torch.testing.assert_close(raw, full(any_engine, cursor.ids)[-1], **CLOSE)

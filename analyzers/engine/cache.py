@@ -125,12 +125,16 @@ class GrowingLayer(CacheLayerMixin):
         return twin
 
     def keep(self, base: int, rows: Sequence[int]) -> None:
-        """The first `base` rows and then `rows` (increasing, each >= base); the others go."""
+        """The first `base` rows and then `rows` (increasing, each >= base); the others go. A layer
+        that was skipped when those were computed does not have them, and stays behind."""
+        if rows and self.length <= rows[-1]:
+            self.length = min(self.length, base)
+            return
         if self.buffers is not None and list(rows) != list(range(base, base + len(rows))):
             index = torch.tensor(rows, device=self.buffers[0].device)
             for buffer in self.buffers:
                 buffer[:, :, base : base + len(rows)] = buffer[:, :, index]
-        self.length = base + len(rows)
+        self.length = min(self.length, base + len(rows))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0

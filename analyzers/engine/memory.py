@@ -128,17 +128,6 @@ def plan(
     return replace(made, split=device == "split" or (too_much and chosen != "int8"))
 
 
-def predict(
-    source: Source,
-    quantization: str = "auto",
-    dtype: str = "auto",
-    device: str = "auto",
-    double: bool = True,
-) -> int:
-    """Bytes that the weights will take, once loaded. `plan` says what loading takes at its peak."""
-    return plan(source, quantization, dtype, device, double).weights
-
-
 def free(device: torch.device | str = "auto") -> int:
     """Bytes that can be had on a device: on the CPU also within a container's limit; with "split"
     on all devices together."""

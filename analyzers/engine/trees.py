@@ -111,6 +111,11 @@ class Checked:
     vocabulary: int
     options: Options = PLAIN
 
+    def goes_on_to(self, tree: Tree, taps: Collection[int], options: Options) -> bool:
+        """Whether this is the beginning of what would be said of `tree`."""
+        same = set(self.hidden) == set(taps) and self.options == options
+        return same and tree.begins_with(self.tree)
+
     def path(self, node: int) -> tuple[int, ...]:
         """The nodes to commit so that `node` is the last one; () keeps none."""
         return self.tree.path(node)

@@ -176,8 +176,9 @@ class Writing(Base):
         """One forward over the last committed token (the root) and a tree of drafts behind it.
 
         Commits nothing; follow with `commit`, or forget it by doing anything else. A second call
-        with a longer tree that begins with the first one computes only what is new, so a draft
-        model can grow a tree level by level. More than 256 nodes take several passes.
+        with a longer tree that begins with the first one, and the same taps and options, computes
+        only what is new, so a draft model can grow a tree level by level. More than 256 nodes take
+        several passes.
         Raises: ModelLacks for recurrent models; OutOfContext when the tree is deeper than the
         window; BadInput for ids outside the vocabulary.
         """
@@ -185,7 +186,7 @@ class Writing(Base):
         self._check_ids(tree.ids)
         self._check_room(cursor.pos + max(tree.depths, default=0))
         before = cursor.checked
-        if before is None or not tree.begins_with(before.tree) or before.options != options:
+        if before is None or not before.goes_on_to(tree, taps, options):
             before = None
             self._compute(cursor, cursor.pos - 1, options)
         raw = [before.raw] if before else []
