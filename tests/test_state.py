@@ -1,11 +1,12 @@
-"""Models with a recurrent state: they stream, fork and go back, and say what they lack."""
+"""Models with a recurrent state, or with distances of their own in the attention: they stream, fork
+and go back, and say what they lack."""
 
 import pytest
 import torch
 
 from analyzers.context import Context
 from analyzers.decoding import sampling
-from analyzers.engine import Engine, Filters, Tree
+from analyzers.engine import Engine, Filters, Options, Tree
 from analyzers.errors import ModelLacks, Stopped
 from analyzers.task import Task
 from analyzers.trace import Token
@@ -69,7 +70,9 @@ def test_a_fork_equals_recomputation(recurrent, to):
         torch.testing.assert_close(recurrent.step(each).raw, full(recurrent, each.ids)[-1], **CLOSE)
 
 
-def test_many_cursors_scores_and_samples_are_those_of_one_by_one(recurrent):
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "bloom"])
+def test_many_cursors_scores_and_samples_are_those_of_one_by_one(family):
+    recurrent = tiny.engine(family)
     ids = ids_of(recurrent)
     cursors = [recurrent.prefill(ids[:n]) for n in (1, 9, 30)]
     for cursor, step in zip(cursors, recurrent.step(cursors), strict=True):
@@ -120,4 +123,21 @@ def test_what_it_cannot_do_is_said(recurrent):
         lambda: recurrent.forward(torch.zeros(1, 32), (0, 1)),
     ):
         with pytest.raises(ModelLacks, match="recurrent state"):
+            call()
+
+
+def test_alibi_streams_and_says_what_it_lacks():
+    engine = tiny.engine("bloom")
+    assert not {"tree", "attention"} & engine.can
+    cursor = engine.prefill(ids_of(engine))
+    write(engine, cursor, 8)
+    engine.rewind(cursor, 20)
+    engine.push(cursor, 65)
+    torch.testing.assert_close(engine.step(cursor).raw, full(engine, cursor.ids)[-1], **CLOSE)
+    for call in (
+        lambda: engine.verify(cursor, Tree.chain([65])),
+        lambda: engine.forward(torch.zeros(1, 32), (0, 1)),
+        lambda: engine.step(cursor, options=Options(upto=2)),
+    ):
+        with pytest.raises(ModelLacks, match="ALiBi"):
             call()

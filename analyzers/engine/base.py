@@ -54,6 +54,8 @@ class Base:
         self._spare = Spare()
         self._adapters: dict[str, lora.Adapter] = {}
         self._recurrent = _has_state(self._library_cache())
+        # Whether masks of ours serve: trees, batches of different lengths, parts of the layers.
+        self._masked = self._parts.tree and not self._recurrent
 
     @property
     def forwards(self) -> int:

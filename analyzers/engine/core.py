@@ -42,7 +42,7 @@ class Engine(Scoring, Looking):
         self.can: frozenset[Need] = ALWAYS
         if not self._recurrent and model._can_set_attn_implementation():
             self.can |= {"attention"}
-        if self._parts.tree and not self._recurrent:
+        if self._masked:
             self.can |= {"tree"}
         if self._parts.routers and routable(model.config):
             self.can |= {"routing"}

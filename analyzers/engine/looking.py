@@ -73,9 +73,9 @@ class Looking(Writing):
         tokens) bool, default causal; sliding windows narrow it, and take a cached row's position
         to be its number.
         Raises: BadInput for layers the model does not have; OutOfContext; ModelLacks for recurrent
-        models. On an error or a stop the cursor is as it was.
+        models and ALiBi. On an error or a stop the cursor is as it was.
         """
-        self._need("ranges of layers")
+        self._need_masks("ranges of layers")
         first, last = layers
         if not 0 <= first < last <= self.layers:
             raise BadInput(f"There are no layers {first} to {last}: the model has {self.layers}.")
@@ -131,7 +131,7 @@ class Looking(Writing):
 
         Raises: ModelLacks for models without such weights, as recurrent ones; BadInput when nothing
         stands at `pos`; ModelBroken."""
-        self._need("attention over the text")
+        self._need_rows("attention over the text")
         if not 0 <= pos < cursor.pos:
             raise BadInput(f"No token stands at position {pos}: the text has {cursor.pos}.")
         aside = self.fork(cursor, pos + 1)

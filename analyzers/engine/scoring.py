@@ -65,7 +65,7 @@ class Scoring(Writing):
         Raises: OutOfContext, BadInput, ModelBroken; a cursor is then as it was.
         """
         cursor = prefix if isinstance(prefix, Cursor) else self.prefill(prefix, options=options)
-        if self._recurrent:
+        if not self._masked:
             return [self._read_one(cursor, ids, options) for ids in continuations]
         tree, paths = Tree.merged(continuations)
         self._check_ids(tree.ids)

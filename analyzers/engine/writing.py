@@ -106,7 +106,7 @@ class Writing(Base):
             each = [options.of_row(row) for row in range(len(many))]
             for cursor, its in zip(many, each, strict=True):
                 self._compute(cursor, cursor.pos - 1, its)
-            if len(many) == 1 or self._recurrent:
+            if len(many) == 1 or not self._masked:
                 steps = [
                     self._one(cursor, ban, filters, taps, its)
                     for cursor, its in zip(many, each, strict=True)
@@ -179,10 +179,10 @@ class Writing(Base):
         with a longer tree that begins with the first one, and the same taps and options, computes
         only what is new, so a draft model can grow a tree level by level. More than 256 nodes take
         several passes.
-        Raises: ModelLacks for recurrent models; OutOfContext when the tree is deeper than the
-        window; BadInput for ids outside the vocabulary.
+        Raises: ModelLacks for recurrent models and ALiBi; OutOfContext when the tree is deeper than
+        the window; BadInput for ids outside the vocabulary.
         """
-        self._need("tree")
+        self._need_masks("trees")
         self._check_ids(tree.ids)
         self._check_room(cursor.pos + max(tree.depths, default=0))
         before = cursor.checked
@@ -223,10 +223,19 @@ class Writing(Base):
 
     # Inside
 
-    def _need(self, what: str) -> None:
+    def _need_rows(self, what: str) -> None:
         if self._recurrent:
             raise ModelLacks(
                 f"{self.identity['name']} keeps a recurrent state instead of keys and values: "
+                f"it has no {what}."
+            )
+
+    def _need_masks(self, what: str) -> None:
+        """Raises: ModelLacks where a mask does not decide what a token sees and where it is."""
+        self._need_rows(what)
+        if not self._masked:
+            raise ModelLacks(
+                f"{self.identity['name']} adds distances of its own to its attention (ALiBi): "
                 f"it has no {what}."
             )
 
@@ -270,6 +279,7 @@ class Writing(Base):
         positions = range(done, done + len(ids))
         mask = None
         if layers is not None:  # the model would take the length of its first layer
+            self._need_masks("skipped layers")
             mask = self._causal(done, len(ids))
         found = self._run(this, cursor.past.cache, [ids], [positions], keep, mask)
         cursor.past.passed(done + len(ids))
