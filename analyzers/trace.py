@@ -84,18 +84,25 @@ class Rewind(Event):
 
 @dataclass(frozen=True)
 class Lens(Event):
-    """What each row (a layer, or a pass) would have written at `pos`; top and scores per row."""
+    """What each row would have written at `pos`: its likeliest tokens, and one score.
+
+    name: what the rows are, "layers" or "branches". measure: what the scores are, with their unit.
+    picked: the row that was chosen, or where a reading settled.
+    """
 
     pos: int
     rows: tuple[str, ...]
     top: tuple[tuple[Alternative, ...], ...]
     scores: tuple[float, ...]
     picked: int | None = None
+    name: str = "layers"
+    measure: str = ""
 
 
 @dataclass(frozen=True)
 class Scores(Event):
-    """One number for each of `over` (token positions, heads, ...) at `pos`."""
+    """One number for each of `over` (token positions, layers, heads, ...) at `pos`; over (pos,) is a
+    number of that token itself."""
 
     pos: int
     name: str
