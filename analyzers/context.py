@@ -1,7 +1,7 @@
 """What a run gives its method beside the engine, the task and the knobs."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,6 +50,10 @@ class Forgotten:
         self._kept[method, name] = data, dict(meta or {})
 
 
+def nothing_written() -> Iterator[str]:
+    return iter(())
+
+
 def nothing_kept(engine: "Engine", ids: "Sequence[int]") -> None:
     return None
 
@@ -62,7 +66,8 @@ def never() -> bool:
 class Context:
     """seed: of the run. engines: by the ModelRef that names them in the knobs; "" is the run's own.
     cost: what passes of the run's own engine take here, None until that was measured; decisions
-    rest on it and never on the clock. cancelled(): whether to stop, for long work between two
+    rest on it and never on the clock. history(): the texts of earlier runs, prompt and answer,
+    newest first. cancelled(): whether to stop, for long work between two
     passes (the engine asks before each). `cursors` collects what `begin` handed out for the run's
     own engine, for the runner to keep."""
 
@@ -72,6 +77,7 @@ class Context:
     engines: "Mapping[str, Engine]" = field(default_factory=dict)
     cost: "Cost | None" = None
     artifacts: Artifacts = field(default_factory=Forgotten)
+    history: Callable[[], Iterator[str]] = nothing_written
     cancelled: Callable[[], bool] = never
 
     def rng(self, *keys: object) -> random.Random:

@@ -46,7 +46,11 @@ def method(name: str) -> Method:
 def lacks(card: Card, can: frozenset[Any]) -> str:
     """Why a model that `can` do this much cannot serve the method; "" if it can."""
     missing = [need for need in card.needs if need not in can]
-    return f"needs {', '.join(missing)}, which this model does not offer" if missing else ""
+    if not missing:
+        return ""
+    # Who has a dense model can have a mixture of experts without fetching anything.
+    instead = "; the built-in model smollm2-moe does" if missing == ["routing"] else ""
+    return f"needs {', '.join(missing)}, which this model does not offer{instead}"
 
 
 def _modules(family: str) -> list[str]:

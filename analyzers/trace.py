@@ -35,6 +35,7 @@ class RunStarted(Event):
     prompt: chat turns, or the raw text.
     prompt_ids: what the model read before writing, the begun answer included; None where unknown.
     prefix: the beginning of the answer that the user wrote.
+    inputs: what the method was given beside the prompt, by name.
     cost: the table of what passes cost (`Cost.as_mapping`) that the run may have decided by; None
     where it was not measured yet.
     """
@@ -47,6 +48,7 @@ class RunStarted(Event):
     seed: int
     prefix: str = ""
     cost: Mapping[str, Any] | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,8 @@ def from_data(kind: str, data: Mapping[str, Any]) -> Event:
 
 
 def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(each) for name, each in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 

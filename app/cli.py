@@ -18,6 +18,7 @@ from analyzers.home import database_path
 from app import doctor
 
 if TYPE_CHECKING:
+    from analyzers.registry import Method
     from sessions.store import Run as StoredRun
     from sessions.store import Store
 
@@ -80,8 +81,8 @@ def _run(args: argparse.Namespace) -> int:
     prompt = text if raw else chat(text, args.system, _turns(args.earlier))
     job = Job(
         method=method.name,
-        task=Task(prompt, prefix=args.prefix),
-        params=_settings(args.set),
+        task=Task(prompt, prefix=args.prefix, inputs=_inputs(args.input, method)),
+        params=_pairs("--set", args.set),
         seed=args.seed,
         model=_model_choice(args),
     )
@@ -209,6 +210,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--prefix", default="", metavar="P", help="beginning of the answer")
     run.add_argument("--set", action="append", default=[], metavar="name=value")
+    run.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="name=text",
+        help="what the method takes beside the prompt; name=@F reads a file, @@ is an @",
+    )
     run.add_argument("--seed", type=int, metavar="N")
     run.add_argument("--json", action="store_true", help="one event a line on stdout")
     _add_model(run)
@@ -283,12 +291,16 @@ def _model_choice(args: argparse.Namespace) -> Any:
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return str(args.prompt)
+    return _read(args.prompt_file)
+
+
+def _read(path: Path) -> str:
     try:
-        return str(args.prompt_file.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise BadInput(f"Cannot read {args.prompt_file}: {error.strerror}.") from None
+        raise BadInput(f"Cannot read {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise BadInput(f"{args.prompt_file} is not a UTF-8 text.") from None
+        raise BadInput(f"{path} is not a UTF-8 text.") from None
 
 
 def _turns(given: str) -> tuple[dict[str, str], ...]:
@@ -310,14 +322,27 @@ def _turns(given: str) -> tuple[dict[str, str], ...]:
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
 
 
-def _settings(given: list[str]) -> dict[str, str]:
-    settings = {}
+def _pairs(option: str, given: list[str]) -> dict[str, str]:
+    pairs = {}
     for item in given:
         name, equals, value = item.partition("=")
         if not equals:
-            raise BadInput(f"--set takes name=value, not {item!r}.")
-        settings[name.strip()] = value
-    return settings
+            raise BadInput(f"{option} takes name=value, not {item!r}.")
+        pairs[name.strip()] = value
+    return pairs
+
+
+def _inputs(given: list[str], method: "Method") -> dict[str, str]:
+    inputs = _pairs("--input", given)
+    for name, value in inputs.items():
+        if name not in method.card.takes:
+            takes = ", ".join(method.card.takes) or "nothing beside the prompt"
+            raise BadInput(f"There is no input {name!r}: {method.name} takes {takes}.")
+        if value.startswith("@@"):
+            inputs[name] = value[1:]
+        elif value.startswith("@"):
+            inputs[name] = _read(Path(value[1:]))
+    return inputs
 
 
 # Output
@@ -335,12 +360,14 @@ def _store() -> "Iterator[Store]":
 
 
 def _show(event: Any) -> None:
-    from analyzers.trace import Note, Token
+    from analyzers.trace import MAIN, Metric, Note, Token
 
-    if isinstance(event, Token):
+    if isinstance(event, Token) and event.lane == MAIN:
         print(event.text if event.bytes else "", end="")
     elif isinstance(event, Note):
         _say(event.text)
+    elif isinstance(event, Metric):
+        _say(f"{event.name}: {event.value:.4g} {event.unit}".rstrip())
 
 
 def _status_of(ended: Any, id: str, quiet: bool) -> int:

@@ -21,6 +21,8 @@ def as_command(events: Iterable[Event]) -> str:
         words += [f"--prefix={started.prefix}"]
     for name, value in started.params.items():
         words += ["--set", f"{name}={_plain(value)}"]
+    for name, text in started.inputs.items():
+        words += [f"--input={name}={'@' if text.startswith('@') else ''}{text}"]
     words += ["--seed", str(started.seed), f"--model={started.model['name']}"]
     for option in ("quantization", "dtype", "device"):
         words += [f"--{option}", str(started.model.get(option, "auto"))]

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Self
@@ -55,6 +56,8 @@ LONG_RUN = 1000
 KEPT_CURSORS = 3
 # Runs whose events stay in memory for the page; older ones are read from the store.
 RECENT_RUNS = 8
+# Texts of so many runs are there for methods that learn from what was written before.
+READ_RUNS = 500
 # Of the memory that is free without any model; the rest is for caches and activations.
 BUDGET = 0.7
 # What of an identity does not change what a method learns about the model.
@@ -204,9 +207,15 @@ class Run(Work):
         self.job = job
         self.id = ""
         self._began = 0.0
+        self._beside: Together | None = None
 
     def _serve(self) -> None:
-        self._runner._run(self)
+        self._runner._run([self])
+
+    def _progress(self, doing: str, share: float) -> None:
+        super()._progress(doing, share)
+        if self._beside:
+            self._beside._hear(doing, share)
 
     def _stamp(self, event: Event) -> Stamped:
         if not self.events:
@@ -219,6 +228,41 @@ class Run(Work):
             if len(self.events) > 1:
                 self._doing = ("", 0.0)
             self._changed.notify_all()
+        if self._beside:
+            self._beside._heard(stamped)
+
+
+class Together(Work):
+    """Runs that take turns, token by token, so that they can be watched side by side. Each is a run
+    of its own, with its own id; `events` are those of all of them, as they came."""
+
+    def __init__(self, jobs: Sequence[Job], runner: "Runner") -> None:
+        super().__init__(runner, jobs[0].owner)
+        self.runs = [Run(job, runner) for job in jobs]
+        for run in self.runs:
+            run._beside = self
+
+    def stop(self, reason: str = "stopped by you") -> None:
+        for run in self.runs:
+            run._stop_reason = run._stop_reason or reason
+        super().stop(reason)
+
+    def _serve(self) -> None:
+        self._runner._run(self.runs)
+
+    def _heard(self, stamped: Stamped) -> None:
+        with self._changed:
+            self.events.append(stamped)
+            self._changed.notify_all()
+
+    def _hear(self, doing: str, share: float) -> None:
+        self._doing = (doing, share)
+
+    def _finish(self, refused: CandorError | None = None) -> None:
+        for run in self.runs:
+            if not run.over:
+                run._finish(refused)
+        super()._finish(refused)
 
 
 class Loading(Work):
@@ -286,6 +330,27 @@ class Resident:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """A run that can start. ids: of the whole task. residents: by the ModelRef that names them in
+    the knobs; "" is the run's own."""
+
+    run: Run
+    method: registry.Method
+    task: Task
+    ids: Sequence[int]
+    params: Any
+    residents: Mapping[str, Resident]
+
+
+@dataclass
+class Spent:
+    """What a run has used: passes, and seconds of the model thread."""
+
+    forwards: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class StoredArtifacts:
     """The store's artifacts of one model."""
 
@@ -340,15 +405,23 @@ class Runner:
 
         Raises: BadInput and its kinds, CandorError after `close`; nothing is recorded then.
         """
-        method = registry.method(job.method)
-        build(method.params, job.params)
-        if job.fork is None:
-            check(job.task)
-        if job.seed is not None and not 0 <= job.seed <= MAX_SEED:
-            raise BadInput(f"The seed must be from 0 to {MAX_SEED:,}, not {job.seed}.")
+        _check(job)
         run = Run(job, self)
         self._line_up(run)
         return run
+
+    def submit_together(self, jobs: Sequence[Job]) -> Together:
+        """Have several runs take turns, each recorded as a run of its own. They all start, or none
+        does; those without a seed share one. Raises: what `submit` raises; BadInput for fewer than
+        two."""
+        if len(jobs) < 2:
+            raise BadInput("There is nothing to compare: choose at least two.")
+        for job in jobs:
+            _check(job)
+        seed = secrets.randbelow(MAX_SEED + 1)
+        together = Together([_with_seed(job, seed) for job in jobs], self)
+        self._line_up(together)
+        return together
 
     def load(self, choice: ModelChoice, owner: str = "") -> Loading:
         """Have a model in memory before a run asks for it; nothing to do if it is there.
@@ -594,13 +667,29 @@ class Runner:
             log.warning("the stored cost of %s cannot be read", engine.identity["name"])
             return None
 
-    # One run, in the model thread
+    # Runs, in the model thread
 
-    def _run(self, run: Run) -> None:
-        """Raises: CandorError if the run cannot start; afterwards it always ends in RunEnded."""
+    def _run(self, runs: Sequence[Run]) -> None:
+        """Drive the runs in turns, each until its next token.
+
+        Raises: CandorError if one cannot start, and then none has; afterwards each of them always
+        ends in RunEnded."""
+        ready: list[Ready] = []
+        for run in runs:
+            ready.append(self._ready(run, [r for one in ready for r in one.residents.values()]))
+        going = [(each.run, self._go(each)) for each in ready]
+        while going:
+            for run, events in list(going):
+                if not any(isinstance(event, Token) for event in events):
+                    going.remove((run, events))
+                    if run._beside:
+                        run._finish()
+
+    def _ready(self, run: Run, needed: Collection[Resident]) -> "Ready":
+        """Everything that can be refused. The residents that are `needed` stay."""
         job = run.job
         method = registry.method(job.method)
-        own = self._resident(job.model, run._progress)
+        own = self._resident(job.model, run._progress, needed)
         engine = own.engine
         if why := registry.lacks(method.card, engine.can):
             raise ModelLacks(f"{method.card.title} {why}.")
@@ -612,17 +701,29 @@ class Runner:
                 f"and the model's context holds {engine.context:,}."
             )
         params: Any = build(method.params, job.params)
-        engines = self._engines(run, own, _models_in(params))
-        seed = secrets.randbelow(MAX_SEED + 1) if job.seed is None else job.seed
+        residents = {"": own}
+        for ref in _models_in(params):
+            choice = replace(job.model, ref=str(ref))
+            kept = [*needed, *residents.values()]
+            residents[ref] = self._resident(choice, run._progress, kept)
+        self._resident(job.model, run._progress)  # its own counts as used last
+        return Ready(run, method, task, ids, params, residents)
+
+    def _go(self, ready: "Ready") -> Iterator[Event]:
+        """The run's events, from RunStarted to RunEnded, each recorded before it is given."""
+        run, job, task = ready.run, ready.run.job, ready.task
+        engines = {ref: resident.engine for ref, resident in ready.residents.items()}
+        engine = engines[""]
         started = RunStarted(
-            method=method.name,
+            method=ready.method.name,
             model=engine.identity,
             prompt=task.prompt,
-            prompt_ids=tuple(ids[: len(ids) - len(task.written)]),
-            params=dict(vars(params)),
-            seed=seed,
+            prompt_ids=tuple(ready.ids[: len(ready.ids) - len(task.written)]),
+            params=dict(vars(ready.params)),
+            seed=secrets.randbelow(MAX_SEED + 1) if job.seed is None else job.seed,
             prefix=task.prefix,
             cost=engine.cost.as_mapping() if engine.cost else None,
+            inputs=task.inputs,
         )
         run.id = self.recorder.begin(
             started,
@@ -632,54 +733,44 @@ class Runner:
             versions=_versions(),
         )
         self._remember(run)
-        self._record(run, started)
+        yield self._record(run, started)
         ctx = Context(
-            seed,
+            started.seed,
             kept=lambda engine, ids: self._cursor_for(job.fork, engine, ids),
             engines=engines,
             cost=engine.cost,
             artifacts=StoredArtifacts(self.store, _model_key(engine)),
+            history=lambda: self._history(run.id),
             cancelled=lambda: bool(run._stop_reason),
         )
-        used = list(dict.fromkeys(engines.values()))
-        before = sum(each.forwards for each in used)
-        status, reason = self._drive(run, used, method.run(engine, task, params, ctx))
+        spent = Spent()
+        status, reason = yield from self._drive(ready, ctx, spent)
         self._keep(run, engine, ctx)
         ended = RunEnded(
             status,
             reason,
             tokens=sum(isinstance(s.event, Token) for s in run.events) - len(task.written),
-            forwards=sum(each.forwards for each in used) - before,
-            seconds=round(time.monotonic() - run._began, 6),
+            forwards=spent.forwards,
+            seconds=round(spent.seconds, 6),
         )
         last = run._stamp(ended)
         run._say(last)
         self.recorder.end(run.id, last)
-
-    def _engines(self, run: Run, own: Resident, refs: Sequence[ModelRef]) -> dict[str, Engine]:
-        """The run's own engine as "", and those that its knobs name, all of them resident."""
-        residents = {"": own}
-        for ref in refs:
-            choice = replace(run.job.model, ref=str(ref))
-            residents[ref] = self._resident(choice, run._progress, residents.values())
-        self._resident(run.job.model, run._progress)  # its own counts as used last
-        return {ref: resident.engine for ref, resident in residents.items()}
+        yield ended
 
     def _drive(
-        self, run: Run, engines: Sequence[Engine], events: Generator[Event, None, str]
-    ) -> tuple[Status, str]:
-        """Draw the events out of the method, inference mode around each and never across them."""
-        for engine in engines:
-            engine.poll = run._poll
-            engine.progress = lambda done, total: run._progress(
-                f"Reading the prompt, {done:,} of {total:,} tokens", done / max(total, 1)
-            )
+        self, ready: "Ready", ctx: Context, spent: "Spent"
+    ) -> Generator[Event, None, tuple[Status, str]]:
+        """Draw the events out of the method, inference mode around each and never across them:
+        between two of them other runs may have their turn with the same engines."""
+        run, engines = ready.run, list(dict.fromkeys(ctx.engines.values()))
+        events = ready.method.run(ctx.engine(), ready.task, ready.params, ctx)
         try:
             while True:
                 run._poll()
-                with torch.inference_mode():
+                with self._turn(run, engines, spent), torch.inference_mode():
                     event = next(events)
-                self._record(run, event)
+                yield self._record(run, event)
         except StopIteration as end:
             return "done", end.value or "finished"
         except (Stopped, OutOfContext) as stopped:  # what was written until then is whole
@@ -691,14 +782,37 @@ class Runner:
             return "failed", _inside(error)
         finally:
             events.close()
+
+    @contextmanager
+    def _turn(self, run: Run, engines: Sequence[Engine], spent: "Spent") -> Iterator[None]:
+        """The engines listen to this run, and it pays for what they do."""
+        began, before = time.monotonic(), sum(each.forwards for each in engines)
+        for engine in engines:
+            engine.poll = run._poll
+            engine.progress = lambda done, total: run._progress(
+                f"Reading the prompt, {done:,} of {total:,} tokens", done / max(total, 1)
+            )
+        try:
+            yield
+        finally:
             for engine in engines:
                 engine.poll = _no_poll
                 engine.progress = _no_progress
+            spent.forwards += sum(each.forwards for each in engines) - before
+            spent.seconds += time.monotonic() - began
 
-    def _record(self, run: Run, event: Event) -> None:
+    def _history(self, own: str) -> Iterator[str]:
+        """Prompts and answers of the runs before this one, newest first."""
+        for run in self.store.runs(limit=READ_RUNS):
+            if run.id >= own:  # ids sort by time: itself, and what another process began since
+                continue
+            yield f"{run.prompt_text}\n{run.prefix}{run.output}"
+
+    def _record(self, run: Run, event: Event) -> Event:
         stamped = run._stamp(event)
         self.recorder.record(run.id, stamped)  # first: what cannot be stored is not shown either
         run._say(stamped)
+        return event
 
     # Forking off from an earlier run
 
@@ -715,7 +829,12 @@ class Runner:
             raise BadInput("That token is not among the alternatives at this place.")
         before = [*(started.prompt_ids or ()), *(token.id for token in kept)]
         forced = instead(engine, before, written, fork.id)
-        return Task(started.prompt, prefix=started.prefix, written=(*kept, forced))
+        return Task(
+            started.prompt,
+            prefix=started.prefix,
+            written=(*kept, forced),
+            inputs=started.inputs,
+        )
 
     def _cursor_for(self, fork: Fork | None, engine: Engine, ids: Sequence[int]) -> Cursor | None:
         """The kept cache of the run that is forked, cut to what it shares with `ids`."""
@@ -740,6 +859,23 @@ class Runner:
         self._recent[run.id] = run
         while len(self._recent) > RECENT_RUNS:
             self._recent.popitem(last=False)
+
+
+def _check(job: Job) -> None:
+    """What can be checked without the model. Raises: BadInput and its kinds."""
+    method = registry.method(job.method)
+    build(method.params, job.params)
+    if job.fork is None:
+        check(job.task)
+        for name in method.card.takes:
+            if not str(job.task.inputs.get(name, "")).strip():
+                raise BadInput(f"{method.card.title} needs a {name}: give it beside the prompt.")
+    if job.seed is not None and not 0 <= job.seed <= MAX_SEED:
+        raise BadInput(f"The seed must be from 0 to {MAX_SEED:,}, not {job.seed}.")
+
+
+def _with_seed(job: Job, seed: int) -> Job:
+    return job if job.seed is not None else replace(job, seed=seed)
 
 
 def plan(choice: ModelChoice, remote_code: bool, progress: Progress) -> tuple[ModelChoice, int]:

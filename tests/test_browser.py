@@ -65,21 +65,21 @@ def page(served, browser) -> Iterator[Page]:
     problems: list[str] = []
     opened.on("pageerror", lambda error: problems.append(str(error)))
     opened.goto(served[1])
-    expect(opened.locator("#run")).to_be_visible()
+    expect(opened.locator("#generate-run")).to_be_visible()
     yield opened
     context.close()
     assert problems == []
 
 
 def ask(page: Page, prompt: str, *, tokens: int = 12, seed: int = 7) -> None:
-    page.locator("#prompt textarea").fill(prompt)
-    page.locator("#seed").locator("input, textarea").fill(str(seed))
+    page.locator("#generate-prompt textarea").fill(prompt)
+    page.locator("#generate-seed").locator("input, textarea").fill(str(seed))
     page.get_by_label("number input for Max new (tokens)").first.fill(str(tokens))
     page.get_by_label("number input for Max new (tokens)").first.press("Tab")
 
 
 def run(page: Page) -> None:
-    page.locator("#run").click()
+    page.locator("#generate-run").click()
     ended(page)
 
 
@@ -91,7 +91,7 @@ def ended(page: Page) -> None:
     expect(finished).to_be_visible()
     page.evaluate("id => { window.seenRun = id; }", finished.get_attribute("title"))
     expect(state).to_contain_text(re.compile("Done|Stopped|Failed"))
-    expect(page.locator("#run")).to_be_enabled()
+    expect(page.locator("#generate-run")).to_be_enabled()
 
 
 def tokens(page: Page, view: str = "generate"):
@@ -105,7 +105,7 @@ def newest(ctx: PageContext):
 
 def test_an_answer_streams_with_its_confidence_and_is_kept(page, served):
     ask(page, "What is the capital of Kenya, and since when?", tokens=24)
-    page.locator("#run").click()
+    page.locator("#generate-run").click()
     expect(tokens(page).nth(2)).to_be_visible()
     ended(page)
     row, events = newest(served[0])
@@ -118,9 +118,9 @@ def test_an_answer_streams_with_its_confidence_and_is_kept(page, served):
     for i, token in enumerate(written[:5]):
         assert tokens(page).nth(i).get_attribute("data-i") == str(token.pos)
     expect(page.locator("#generate-state")).to_contain_text("seed 7")
-    page.locator("#seed").locator("input, textarea").fill("")
-    page.locator("#again").click()
-    expect(page.locator("#seed").locator("input, textarea")).to_have_value("7")
+    page.locator("#generate-seed").locator("input, textarea").fill("")
+    page.locator("#generate-again").click()
+    expect(page.locator("#generate-seed").locator("input, textarea")).to_have_value("7")
     expect(page.locator("#generate-summary")).to_contain_text("perplexity")
     expect(page.locator("#generate-curve .main-svg").first).to_be_visible()
 
@@ -187,10 +187,10 @@ def test_an_alternative_continues_as_a_new_run_from_the_kept_cache(page, served)
 
 def test_stop_acts_within_one_token(page, served):
     ask(page, "Write a long story about the sea.", tokens=2000)
-    page.locator("#run").click()
+    page.locator("#generate-run").click()
     expect(tokens(page).nth(5)).to_be_visible()
-    assert page.locator("#run").is_disabled()
-    page.locator("#stop").click()
+    assert page.locator("#generate-run").is_disabled()
+    page.locator("#generate-stop").click()
     ended(page)
     expect(page.locator("#generate-state")).to_contain_text("Stopped")
     row, events = newest(served[0])
@@ -199,15 +199,15 @@ def test_stop_acts_within_one_token(page, served):
 
 def test_an_error_is_one_sentence_and_loses_nothing(page):
     ask(page, "   ")
-    page.locator("#run").click()
+    page.locator("#generate-run").click()
     expect(page.get_by_role("alert")).to_contain_text("The prompt is empty")
     ask(page, "kept as it was", tokens=5)
-    page.locator("#seed").locator("input, textarea").fill("seven")
-    page.locator("#run").click()
+    page.locator("#generate-seed").locator("input, textarea").fill("seven")
+    page.locator("#generate-run").click()
     expect(page.get_by_role("alert")).to_contain_text("whole number")
-    assert page.locator("#prompt textarea").input_value() == "kept as it was"
+    assert page.locator("#generate-prompt textarea").input_value() == "kept as it was"
     assert "Traceback" not in page.content()
-    page.locator("#seed").locator("input, textarea").fill("3")
+    page.locator("#generate-seed").locator("input, textarea").fill("3")
     run(page)
     expect(page.locator("#generate-state")).to_contain_text("Done")
 
@@ -219,15 +219,15 @@ def test_a_second_tab_waits_in_a_visible_queue_and_closing_a_tab_ends_its_run(
     ask(page, "Count to a thousand.", tokens=4000)
     page.get_by_label("number input for Temperature").fill("2")  # it never comes to an end
     page.get_by_label("number input for Temperature").press("Tab")
-    page.locator("#run").click()
+    page.locator("#generate-run").click()
     expect(tokens(page).nth(3)).to_be_visible()
     running, _ = newest(ctx)
     second = browser.new_page()
     second.set_default_timeout(LONG)
     second.goto(address)
-    expect(second.locator("#run")).to_be_visible()
+    expect(second.locator("#generate-run")).to_be_visible()
     ask(second, "Say yes.", tokens=4)
-    second.locator("#run").click()
+    second.locator("#generate-run").click()
     expect(second.locator("#generate-state")).to_contain_text("Waiting for the one before yours")
     page.close()
     ended(second)
@@ -238,9 +238,9 @@ def test_a_second_tab_waits_in_a_visible_queue_and_closing_a_tab_ends_its_run(
 def test_hostile_text_stays_text(page, served):
     hostile = "<script>window.hacked=1</script> ${alert(1)} {{7*7}} </span>`x` \u202eevil\x07"
     page.get_by_text("Text", exact=True).first.click()
-    page.locator("#method").get_by_role("combobox").click()
+    page.locator("#generate-method").get_by_role("combobox").click()
     page.get_by_role("option", name="Read a text").click()
-    page.locator("#prompt textarea").fill(hostile)
+    page.locator("#generate-prompt textarea").fill(hostile)
     run(page)
     shown = "".join(tokens(page).all_inner_texts())
     assert "<script>window.hacked=1</script>" in shown
@@ -255,17 +255,17 @@ def test_hostile_text_stays_text(page, served):
 def test_a_conversation_goes_on_and_an_earlier_turn_can_be_edited(page, served):
     ask(page, "My name is Ada.", tokens=6)
     run(page)
-    page.locator("#continue").click()
-    expect(page.locator("#talk")).to_contain_text("My name is Ada.")
+    page.locator("#generate-continue").click()
+    expect(page.locator("#generate-talk")).to_contain_text("My name is Ada.")
     ask(page, "What is my name?", tokens=6)
     page.keyboard.press("Control+Enter")
     ended(page)
     _, events = newest(served[0])
     roles = [turn["role"] for turn in events[0].prompt]
     assert roles == ["user", "assistant", "user"]
-    page.locator("#talk [data-turn]").first.click()
-    expect(page.locator("#prompt textarea")).to_have_value("My name is Ada.")
-    expect(page.locator("#talk [data-turn]")).to_have_count(0)
+    page.locator("#generate-talk [data-turn]").first.click()
+    expect(page.locator("#generate-prompt textarea")).to_have_value("My name is Ada.")
+    expect(page.locator("#generate-talk [data-turn]")).to_have_count(0)
     ask(page, "My name is Bob.", tokens=4)
     run(page)
     assert [turn["content"] for turn in newest(served[0])[1][0].prompt] == ["My name is Bob."]
@@ -387,14 +387,14 @@ def test_a_model_without_chat_template_offers_text(page, served, tmp_path: Path)
     pick_model(page, str(plain))
     expect(page.locator("#top")).to_contain_text("no chat template: text mode")
     page.keyboard.press("Escape")
-    expect(page.locator("#mode label")).to_have_count(1)
-    expect(page.locator("#text-only")).to_contain_text("goes on from a text")
+    expect(page.locator("#generate-mode label")).to_have_count(1)
+    expect(page.locator("#generate-text-only")).to_contain_text("goes on from a text")
     ask(page, "Once upon a time", tokens=4)
     run(page)
     assert newest(served[0])[1][0].prompt == "Once upon a time"
     page.locator("#top .pick").click()
     page.locator("#model-list [data-use]").first.click()
-    expect(page.locator("#mode label")).to_have_count(2)
+    expect(page.locator("#generate-mode label")).to_have_count(2)
 
 
 @pytest.mark.parametrize("width", [1360, 400])

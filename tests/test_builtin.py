@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analyzers.engine import builtin
+from analyzers.engine import builtin, sources
 from analyzers.errors import ModelBroken, ModelError, ModelNotFound, Stopped
 from analyzers.home import models_folder
 from app import doctor
@@ -677,6 +677,157 @@ def test_a_small_disk_is_told_before_anything_is_fetched(index, tiny, tmp_path, 
     with pytest.raises(ModelError, match=r"needs 1000000000\.0 GB"):
         builtin.ensure("tiny", tmp_path)
     assert index.fetched == 0
+
+
+# Made from another one
+
+
+MOE = builtin.Carved(
+    title="Tiny mixture",
+    made_from="tiny",
+    experts=4,
+    shared=32,
+    active=3,
+    edition=1,
+    disk=10_000_000,
+    about="A demonstration",
+)
+
+
+@pytest.fixture
+def both(index, monkeypatch) -> Index:
+    """The tiny model, and a mixture to carve from it."""
+    monkeypatch.setitem(builtin.MODELS, "mixture", MOE)
+    return index
+
+
+@pytest.fixture
+def carved_at_once(monkeypatch, quick) -> list[Path]:
+    """Carving without a model; the folders that were carved from."""
+    bases: list[Path] = []
+
+    def carve(model, base, made, progress) -> dict[str, object]:
+        progress("Carving", 0.5)
+        bases.append(base)
+        shutil.copytree(base, made, ignore=lambda *_: [builtin.MANIFEST])
+        return {"about": f"{model.about}; measured."}
+
+    monkeypatch.setattr(builtin, "_carve_apart", carve)
+    return bases
+
+
+def test_a_mixture_is_really_carved_after_its_base_was_fetched(both, tmp_path):
+    said: list[tuple[str, float]] = []
+    path = builtin.ensure("mixture", tmp_path, lambda what, share: said.append((what, share)))
+    assert (path, left(tmp_path)) == (tmp_path / "mixture", ["mixture", "tiny"])
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert model.config.model_type == "qwen2_moe"
+    assert (model.config.num_experts, model.config.num_experts_per_tok) == (4, 3)
+    assert model.config.moe_intermediate_size == 16
+    assert AutoTokenizer.from_pretrained(path).chat_template == TEMPLATE
+
+    manifest = json.loads((path / builtin.MANIFEST).read_text())
+    assert manifest["made_from"] == "tiny" and manifest["gguf_sha256"] == index_sha()
+    weights = hashlib.sha256((path / "model.safetensors").read_bytes()).digest()
+    assert manifest["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert manifest["perplexity_all"] == pytest.approx(manifest["perplexity_dense"], rel=1e-3)
+    about = (
+        f"A demonstration; perplexity {manifest['perplexity']:.2f} at 3 of 4 against "
+        f"{manifest['perplexity_dense']:.2f} dense."
+    )
+    assert about == manifest["about"] == builtin.about("mixture", tmp_path)
+    assert about in [what for what, _ in said], "and it is told when it is made"
+
+    shares = [share for _, share in said]
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    words = [what.split(",")[0] for what, _ in said]
+    assert [word for word in dict.fromkeys(words) if word != about] == [
+        "Fetching Tiny",
+        "Checking Tiny",
+        "Converting Tiny",
+        "Tiny is ready",
+        "Carving Tiny mixture",
+        "Tiny mixture is ready",
+    ]
+
+
+def test_a_mixture_uses_the_base_that_is_there(both, carved_at_once, tmp_path):
+    base = builtin.ensure("tiny", tmp_path)
+    said: list[tuple[str, float]] = []
+    builtin.ensure("mixture", tmp_path, lambda what, share: said.append((what, share)))
+    builtin.ensure("mixture", tmp_path)
+    assert (both.fetched, carved_at_once) == (1, [base])
+    assert said == [("Carving", 0.5), ("Tiny mixture is ready", 1.0)]
+
+
+def test_before_it_is_made_its_sentence_has_no_numbers(both, carved_at_once, tmp_path):
+    assert builtin.about("mixture", tmp_path) == "A demonstration."
+    assert builtin.about("tiny", tmp_path) == ""
+    builtin.ensure("mixture", tmp_path)
+    assert builtin.about("mixture", tmp_path) == "A demonstration; measured."
+
+
+def test_the_picker_says_what_a_mixture_downloads(both, carved_at_once, monkeypatch, tmp_path):
+    monkeypatch.setenv("CANDOR_HOME", str(tmp_path))
+
+    def listed() -> tuple[bool, int, str]:
+        (found,) = [each for each in sources.listed() if each.ref == "mixture"]
+        return found.ready, found.size, found.about
+
+    download = builtin.MODELS["tiny"].download
+    assert listed() == (False, download, "A demonstration.")
+    builtin.ensure("tiny", models_folder())
+    assert listed() == (False, 0, "A demonstration.")
+    path = builtin.ensure("mixture", models_folder())
+    size = sum(file.stat().st_size for file in path.iterdir())
+    assert listed() == (True, size, "A demonstration; measured.")
+
+
+@pytest.mark.parametrize("change", [{"edition": 2}, {"active": 2}])
+def test_another_recipe_carves_again(both, carved_at_once, monkeypatch, tmp_path, change):
+    builtin.ensure("mixture", tmp_path)
+    monkeypatch.setitem(builtin.MODELS, "mixture", replace(MOE, **change))
+    assert not builtin.cached(tmp_path)[1].intact
+    builtin.ensure("mixture", tmp_path)
+    assert len(carved_at_once) == 2 and both.fetched == 1
+    assert builtin.cached(tmp_path)[1].intact
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stop_while_carving_ends_it_and_leaves_the_base(both, tmp_path, monkeypatch):
+    processes = []
+    popen = builtin.subprocess.Popen
+
+    def start(*args, **kwargs):
+        processes.append(popen(*args, **kwargs))
+        return processes[-1]
+
+    monkeypatch.setattr(builtin.subprocess, "Popen", start)
+
+    def progress(what: str, share: float) -> None:
+        if what.startswith("Carving"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        builtin.ensure("mixture", tmp_path, progress)
+    assert [process.poll() for process in processes] == [-9]
+    assert left(tmp_path) == ["tiny"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failed_carving_says_the_last_words_and_leaves_the_base(both, tmp_path, monkeypatch):
+    monkeypatch.setattr(both, "run", lambda *call: (1, "Traceback:\nMemoryError: no room."))
+    with pytest.raises(ModelBroken, match=r"^Tiny mixture could not be carved \(MemoryError: no r"):
+        builtin.ensure("mixture", tmp_path)
+    assert left(tmp_path) == ["tiny"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_disk_too_small_for_the_mixture_is_told(both, tmp_path, monkeypatch):
+    monkeypatch.setitem(builtin.MODELS, "mixture", replace(MOE, disk=10**18))
+    with pytest.raises(ModelError, match=r"^Tiny mixture needs 1000000000\.0 GB"):
+        builtin.ensure("mixture", tmp_path)
+    assert left(tmp_path) == ["tiny"]
 
 
 # The default model

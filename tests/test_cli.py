@@ -335,7 +335,7 @@ def job_of(words: list[str]) -> Job:
 
 @st.composite
 def started(draw) -> RunStarted:
-    method = registry.method(draw(st.sampled_from(["sampling", "read"])))
+    method = registry.method(draw(st.sampled_from(["sampling", "read", "exact_extract"])))
     prompt, prefix = draw(FILLED), draw(HOSTILE)
     if draw(st.booleans()):
         turns = [{"role": "system", "content": draw(FILLED)}] if draw(st.booleans()) else []
@@ -349,7 +349,8 @@ def started(draw) -> RunStarted:
     if draw(st.booleans()):
         model |= {"quantization": "nf4", "double": draw(st.booleans()), "compute": "bfloat16"}
     seed = draw(st.integers(0, 2**31 - 1))
-    return RunStarted(method.name, model, prompt, (1,), vars(params), seed, prefix)
+    inputs = {name: draw(HOSTILE) for name in method.card.takes}
+    return RunStarted(method.name, model, prompt, (1,), vars(params), seed, prefix, inputs=inputs)
 
 
 @settings(deadline=None, max_examples=80)
@@ -360,11 +361,31 @@ def test_the_copied_command_makes_the_same_run(event):
     job = job_of(words[2:])
     method = registry.method(event.method)
     assert job.method == event.method and job.seed == event.seed and job.fork is None
-    assert job.task == Task(event.prompt, prefix=event.prefix)
+    assert job.task == Task(event.prompt, prefix=event.prefix, inputs=event.inputs)
     assert build(method.params, job.params) == build(method.params, event.params)
     kinds = ("quantization", "dtype", "device", "double", "compute")
     given = {name: event.model[name] for name in kinds if name in event.model}
     assert job.model == ModelChoice(event.model["name"], **given)
+
+
+def test_inputs_are_texts_or_files(call, tmp_path, monkeypatch):
+    """`@` reads a file, `@@` is an @; a name that the method does not take is refused."""
+    file = tmp_path / "passage.txt"
+    file.write_text("Nairobi, since 1905.", encoding="utf-8")
+    words = ["run", "exact_extract", "--prompt", "Where?"]
+    for given, passage in (
+        ("Nairobi.", "Nairobi."),
+        (f"@{file}", "Nairobi, since 1905."),
+        ("@@home = 1", "@home = 1"),
+    ):
+        assert job_of([*words, f"--input=passage={given}"]).task.inputs == {"passage": passage}
+    for bad, sentence in (
+        ("passage", "--input takes name=value"),
+        ("question=x", "There is no input 'question': exact_extract takes passage."),
+        ("passage=@/no/such/file", "Cannot read /no/such/file"),
+    ):
+        status, out, err = call(*words, "--input", bad)
+        assert (status, out) == (2, "") and sentence in err
 
 
 def test_the_copied_command_survives_a_real_shell():

@@ -19,7 +19,7 @@ VALUES = tuple(
 HOME = ("analyzers.home",)
 LEARNING = (
     "torch", "transformers", "tokenizers", "safetensors", "accelerate", "gguf", "numpy",
-    "huggingface_hub", "tqdm", "psutil",
+    "huggingface_hub", "tqdm", "psutil", "jinja2",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ LAYERS = (
     ),
     *(
         Layer(f"analyzers/{family}/", (*VALUES, "analyzers.engine", "analyzers.common"),
-              ("torch", "numpy"))
+              ("torch", "numpy", *({"inspection": ("captum",)}.get(family, ()))))
         for family in get_args(Family)
     ),
     Layer("analyzers/", VALUES),

@@ -12,8 +12,9 @@ import pytest
 from analyzers.errors import BadInput, ModelNotFound, Stopped
 from app.page import main, model_bar, theme
 from app.page.context import PageContext
+from app.page.main import ASKING
 from app.page.model_bar import ModelBar
-from app.page.tabs.generate import GenerateTab
+from app.page.tabs.ask import AskTab
 from app.runner import ModelChoice, Update
 from visualizations import header
 
@@ -173,7 +174,7 @@ def test_a_model_without_chat_template_turns_the_prompt_into_text(bar):
     last = list(bar.load(form(bar, "some-base"), HERE))[-1]
     assert last[bar.can_chat] is False and "text mode" in last[bar.top]
     with gr.Blocks():
-        tab = GenerateTab(bar.ctx, gr.State(True))
+        tab = AskTab(bar.ctx, gr.State(True), ASKING[0])
     mode, hint = tab.fit_model(False, "sampling")
     assert mode.value == "raw" and [value for _, value in mode.choices] == ["raw"]
     assert hint.visible

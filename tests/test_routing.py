@@ -14,8 +14,11 @@ from analyzers.engine.routing import (
     Policy,
     chosen,
     dynamic,
+    entropy,
+    experts_in,
     experts_of_row,
     fixed,
+    random,
     rank,
     reroute,
     routable,
@@ -229,6 +232,82 @@ def test_random_experts_are_given_by_their_numbers(model):
         assert torch.equal(experts[tokens:], torch.tensor([[1, 3]]).expand(tokens, -1))
 
 
+# Random experts
+
+
+def test_random_experts_are_drawn_by_seed_layer_and_position_alone(model):
+    """Not by the row they stand in, nor by what stands beside them."""
+    router = next(iter(parts(model).routers.values()))
+    seen = []
+    logits(model, [DEFAULT], seen=seen)
+    own = seen[0][0]
+    positions = torch.arange(IDS.shape[1]).repeat(2)
+
+    def drawn(policy, layer=1, rows=slice(None)):
+        some = tuple(part[rows] for part in own)
+        at = positions[rows]
+        return reroute(router, model.config, some, [policy], layer=layer, positions=at)[2]
+
+    whole, tokens = drawn(random(1, seed=5)), IDS.shape[1]
+    assert whole[:tokens].equal(whole[tokens:])  # the same positions in both texts
+    assert drawn(random(1, seed=5), rows=slice(6, 11)).equal(whole[6:11])
+    assert len(set(whole.flatten().tolist())) > 2  # 14 draws
+    for other in (drawn(random(1, seed=6)), drawn(random(1, seed=5), layer=2)):
+        assert not other.equal(whole)
+    two = drawn(random(2, seed=5))
+    assert two.shape[1] == 2 and (two[:, 0] != two[:, 1]).all()
+
+
+def test_random_experts_weigh_as_given_ones_do(model):
+    """Row by row what `fixed` says for the experts that were drawn."""
+    router = next(iter(parts(model).routers.values()))
+    seen = []
+    logits(model, [random(2, seed=1), DEFAULT], seen=seen)
+    own, new = seen[0]
+    for row in range(IDS.shape[1]):
+        one = tuple(part[row : row + 1] for part in own)
+        ids, weights = experts_of_row(new[2][row], new[1][row])
+        given = reroute(router, model.config, one, [fixed(ids)])
+        expected = experts_of_row(given[2][0], given[1][0])
+        assert (ids, weights) == (expected[0], pytest.approx(expected[1], rel=1e-4))
+
+
+def test_every_expert_is_drawn_about_as_often():
+    config = AutoConfig.for_model("mixtral")
+    output = (torch.zeros(2000, 8), torch.ones(2000, 1), torch.zeros(2000, 1, dtype=torch.long))
+    found = reroute(nn.Module(), config, output, [random(1, seed=0)])[2].flatten().bincount()
+    assert len(found) == 8 and found.min() > 190 and found.max() < 310  # 250 expected
+
+
+# How undecided a router is
+
+
+@pytest.mark.parametrize(
+    ("scores", "nats"),
+    [
+        ((0.25, 0.25, 0.25, 0.25), 1.386294),
+        ((0.5, 0.3, 0.15, 0.05), 1.142118),  # -(.5 ln .5 + .3 ln .3 + .15 ln .15 + .05 ln .05)
+        ((1.0, 0.0, 0.0, 0.0), 0.0),
+    ],
+)
+def test_router_entropy_worked_by_hand(scores, nats):
+    softmax = AutoConfig.for_model("mixtral")
+    output = (torch.tensor([scores]).log(), torch.ones(1, 1), torch.zeros(1, 1))
+    assert entropy(softmax, output).tolist() == pytest.approx([nats], abs=1e-5)
+    # A sigmoid's scores do not sum to 1: made to, they are the same shares.
+    sigmoid = AutoConfig.for_model("deepseek_v3")
+    output = (torch.logit(0.8 * torch.tensor([scores])), *output[1:])
+    assert entropy(sigmoid, output).tolist() == pytest.approx([nats], abs=1e-5)
+
+
+def test_experts_are_counted_in_every_family(family, model):
+    assert experts_in(model.config) == tiny.engine(family).experts
+    seen = []
+    logits(model, [DEFAULT], seen=seen)
+    assert experts_in(model.config) == seen[0][0][0].shape[-1]
+    assert experts_in(AutoConfig.for_model("llama")) == tiny.engine("llama").experts == 0
+
+
 # What the tap says is what the block does
 
 
@@ -288,6 +367,7 @@ def test_every_way_of_running_the_experts_takes_any_k(family, implementation):
         (top(0), "top-0 is not possible: the model has 4 experts"),
         (top(5), "top-5 is not possible: the model has 4 experts"),
         (rank(5), "rank-5 is not possible"),
+        (random(5, seed=0), "random-5 is not possible: the model has 4 experts"),
         (fixed(()), "must be different numbers from 0 to 3"),
         (fixed((1, 1)), "must be different numbers"),
         (fixed((4,)), "must be different numbers"),

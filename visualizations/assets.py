@@ -6,7 +6,9 @@ _HERE = Path(__file__).parent
 
 
 def css() -> str:
-    return (_HERE / "style.css").read_text(encoding="utf-8")
+    """The common sheet, then one of each view that has its own."""
+    own = sorted(path for path in _HERE.glob("*.css") if path.name != "style.css")
+    return "\n".join(path.read_text(encoding="utf-8") for path in [_HERE / "style.css", *own])
 
 
 def js() -> str:

@@ -1,22 +1,16 @@
 """The confidence curve: one signal over the tokens of an answer."""
 
-import html
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import plotly.graph_objects as go
 
 from analyzers.trace import MAIN, Event, Token, surviving
+from visualizations.charts import LEAST, LINE, Theme, axis, layout, plain
 from visualizations.signals import PROBABILITY, Signal
-from visualizations.text import number, visible
+from visualizations.text import number
 
-Theme = Literal["light", "dark", "both"]
-# On "both" every colour keeps a contrast of at least 3 on white and on the dark card.
-_INK = {"light": "#5f646c", "dark": "#a3a8b0", "both": "#7d828a"}
-_LINE = {"light": "#0b6e75", "dark": "#4fb3b9", "both": "#188890"}
-_LEAST = {"light": "#b8400f", "dark": "#f08a4b", "both": "#d0571c"}
-_GRID = "rgba(128,128,128,.22)"
 _MARKERS_UP_TO = 200
 
 
@@ -41,8 +35,8 @@ def figure(
         hovertext=hover,
         hoverinfo="text",
         mode="lines+markers" if len(tokens) <= _MARKERS_UP_TO else "lines",
-        line={"color": _LINE[theme], "width": 1.6},
-        marker={"size": 4, "color": _LINE[theme]},
+        line={"color": LINE[theme], "width": 1.6},
+        marker={"size": 4, "color": LINE[theme]},
         name=signal.label,
     )
     drawn = go.Figure([line], _layout(signal, theme, values))
@@ -59,11 +53,11 @@ def figure(
                 hovertext=[hover[i]],
                 hoverinfo="text",
                 mode="markers+text",
-                marker={"size": 9, "color": _LEAST[theme]},
-                text=[_plain(tokens[i].text.strip(" ") or tokens[i].text, 18)],
+                marker={"size": 9, "color": LEAST[theme]},
+                text=[plain(tokens[i].text.strip(" ") or tokens[i].text, 18)],
                 # Outside of the curve: the least sure token is its lowest or highest point.
                 textposition=f"{'bottom' if sign > 0 else 'top'} {side}",
-                textfont={"size": 12, "color": _LEAST[theme]},
+                textfont={"size": 12, "color": LEAST[theme]},
                 cliponaxis=False,
                 name="least sure",
             )
@@ -78,7 +72,6 @@ def to_json(drawn: go.Figure) -> str:
 
 
 def _layout(signal: Signal, theme: Theme, values: list[float | None]) -> dict[str, Any]:
-    grid = {"gridcolor": _GRID, "zeroline": False, "fixedrange": True}
     top = max((value for value in values if value is not None), default=1.0)
     if signal.higher_is == "sure":
         y: dict[str, Any] = {"range": [-0.24, 1.06], "tickvals": [0, 0.5, 1]}
@@ -89,42 +82,13 @@ def _layout(signal: Signal, theme: Theme, values: list[float | None]) -> dict[st
         y = {"range": [-0.04 * max(top, 1.0), 1.25 * max(top, 1.0)], "nticks": 4}
     unit = f" ({signal.unit})" if signal.unit else ""
     edge = max(0.6, 0.012 * len(values))
-    return {
-        "template": {},
-        "height": 170,
-        "margin": {"l": 46, "r": 6, "t": 8, "b": 38},
-        "showlegend": False,
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"color": _INK[theme], "size": 12, "family": "Inter, system-ui, sans-serif"},
-        "hovermode": "closest",
-        "hoverdistance": 40,
-        "hoverlabel": {
-            "bgcolor": "#23262b",
-            "bordercolor": "#23262b",
-            "font": {"color": "#f4f4f2", "size": 12},
-            "align": "left",
-        },
-        "xaxis": grid
-        | {
-            "showgrid": False,
-            "range": [1 - edge, len(values) + edge],
-            "title": {"text": "token of the answer", "standoff": 6},
-        },
-        "yaxis": grid | y | {"title": {"text": signal.label.lower() + unit, "standoff": 6}},
+    return layout(theme) | {
+        "xaxis": axis("token of the answer", showgrid=False, range=[1 - edge, len(values) + edge]),
+        "yaxis": axis(signal.label.lower() + unit, **y),
     }
 
 
 def _hover(place: int, token: Token, value: float | None, signal: Signal) -> str:
     shown = "no value" if value is None else number(value, signal.digits)
     unit = f" {signal.unit}" if value is not None and signal.unit else ""
-    return f"“{_plain(token.text, 60)}”<br>{signal.label.lower()} {shown}{unit}<br>token {place:,}"
-
-
-def _plain(text: str, limit: int) -> str:
-    """Text that plotly.js shows as it is: no tags of its own small HTML, no TeX between dollars.
-
-    Quotes stay: plotly.js does not know their entities.
-    """
-    shown = visible(text[:limit]) + ("…" if len(text) > limit else "")
-    return html.escape(shown or "part of a character", quote=False).replace("$", "&#36;")
+    return f"“{plain(token.text, 60)}”<br>{signal.label.lower()} {shown}{unit}<br>token {place:,}"

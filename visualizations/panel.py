@@ -15,6 +15,12 @@ _ORIGINS = {
     "read": "read, not written",
 }
 
+# Methods that look at one token of a run: name, what the button says, and its hover text.
+_LOOKS = (
+    ("attribution", "What carried it?", "Attribution: which earlier tokens carried this one"),
+    ("attention", "Where did it look?", "Attention: where each head looked from here"),
+)
+
 
 def render(token: Token, pos_label: str, can_fork: bool, why_not: str) -> str:
     """pos_label: what the page calls the place ("Token 12"). why_not: said when the run cannot
@@ -27,6 +33,7 @@ def render(token: Token, pos_label: str, can_fork: bool, why_not: str) -> str:
     if token.top:
         parts.append(f'<ol class="bars">{_bars(token, can_fork)}</ol>')
         parts.append(f'<p class="note">{_note(can_fork, why_not)}</p>')
+        parts.append(f'<p class="asks">{_asks(token, can_fork)}</p>')
     else:
         parts.append('<p class="note">Nothing precedes this token, so it has no alternatives.</p>')
     return "".join([*parts, "</section>"])
@@ -106,6 +113,15 @@ def _button(token: Token, token_id: int, text: str, can_fork: bool) -> str:
     return (
         f'<button type="button" data-fork="{token_id}" data-at="{token.pos}" aria-label="{label}"'
         f' title="{label}"{disabled}>↪</button>'
+    )
+
+
+def _asks(token: Token, can_ask: bool) -> str:
+    disabled = "" if can_ask else " disabled"
+    return "".join(
+        f'<button type="button" data-ask="{method}" data-at="{token.pos}"{disabled}'
+        f' title="{title}">{label}</button>'
+        for method, label, title in _LOOKS
     )
 
 

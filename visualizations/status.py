@@ -26,6 +26,17 @@ def writing(tokens: int, seconds: float, seed: int) -> str:
     return _line("busy", f"{tokens:,} tokens{rate} · seed {seed}")
 
 
+def comparing(going: int, all: int) -> str:
+    return _line("busy", f"{going} of {all} answers still being written, in turns")
+
+
+def compared(statuses: Sequence[str]) -> str:
+    """How several runs ended; nothing where none did."""
+    counts = [(name, statuses.count(name)) for name in dict.fromkeys(statuses)]
+    said = " · ".join(f"{_SAID[name]}: {count}" for name, count in counts)
+    return _line("done", f"{said} · each saved as a run of its own") if said else ""
+
+
 def replaying(shown: int, total: int, speed: float) -> str:
     return _line("busy", f"Replaying at {speed:g}× · {shown:,} of {total:,} events")
 

@@ -47,31 +47,33 @@ def render(events: Iterable[Event], lane: str = MAIN) -> str:
     return TokenView(lane).add(events)
 
 
-def span(token: Token) -> str:
-    """One token. data-i: its position; data-v: logprob; entropy; margin; rank ("" = no value).
+def span(token: Token, extra: str = "", choosable: bool = True) -> str:
+    """One token. extra: one more class. choosable: whether it can be selected.
 
-    Classes: t, a level per signal, o-<origin>, and one of u (inside an unfinished character, no
-    text: it must stay empty, since even a box without width takes joined emoji apart), chip
-    (special token), sp (spaces before it), ws (nothing but spaces). The spaces before a word stand
-    outside of its span, so that neither tint nor outline hangs over at the end of a line. Line
-    ends and tabs have an empty <i> before them, and more than one space a data-w with as many
-    dots: the show-ws style draws them.
+    data-i: its position; data-v: logprob; entropy; margin; rank ("" = no value). Classes: t, a
+    level per signal, o-<origin>, and one of u (inside an unfinished character, no text: it must
+    stay empty, since even a box without width takes joined emoji apart), chip (special token), sp
+    (spaces before it), ws (nothing but spaces). The spaces before a word stand outside of its span,
+    so that neither tint nor outline hangs over at the end of a line. Line ends and tabs have an
+    empty <i> before them, and more than one space a data-w with as many dots: the show-ws style
+    draws them.
     """
     marks = " ".join(
         signal.mark(token) for signal in (PROBABILITY, ENTROPY, MARGIN, RANK, SURPRISAL)
     )
     word = token.text.lstrip(" ")
     spaces = len(token.text) - len(word)
-    lead, extra, dots = "", "", ""
+    lead, dots = "", ""
+    extra = f" {extra}" if extra else ""
     if not token.bytes:
-        extra, word = " chip", token.text
+        extra, word = f"{extra} chip", token.text
     elif not token.text:
-        extra = " u"
+        extra += " u"
     elif not word:
-        extra, word = " ws", token.text
+        extra, word = f"{extra} ws", token.text
         dots = f' data-w="{"·" * spaces}"'
     elif spaces:
-        extra, lead = " sp", " " * spaces
+        extra, lead = f"{extra} sp", " " * spaces
         dots = f' data-w="{"·" * spaces}"' if spaces > 1 else ""
     body = escape(word)
     if "\n" in body:
@@ -83,7 +85,8 @@ def span(token: Token) -> str:
         for value in (token.logprob, token.entropy, token.margin)
     )
     rank = "" if token.rank is None else token.rank
+    place = f' tabindex="-1" data-i="{token.pos}"' if choosable else ""
     return (
-        f'{lead}<span class="t {marks} o-{token.origin}{extra}" tabindex="-1"'
-        f' data-i="{token.pos}" data-v="{numbers};{rank}"{dots}>{body}</span>'
+        f'{lead}<span class="t {marks} o-{token.origin}{extra}"{place}'
+        f' data-v="{numbers};{rank}"{dots}>{body}</span>'
     )

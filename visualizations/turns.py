@@ -28,6 +28,7 @@ def asked(events: Iterable[Event]) -> str:
     )
     if started.prefix:
         said = [*said, {"role": "begun answer", "content": started.prefix}]
+    said += [{"role": name, "content": str(text)} for name, text in started.inputs.items()]
     lines = (
         f"<div><dt>{escape(_ROLES.get(turn['role'], turn['role'].capitalize()))}</dt>"
         f'<dd dir="auto">{escape(clipped(turn["content"], _SHORT_CHARS))}</dd></div>'

@@ -114,9 +114,10 @@ function mark(pos) {
   return token;
 }
 
-function choose(pos) {
+function choose(pos, row) {
   scope.dispatchEvent(new CustomEvent('candor:select', { detail: { pos: Number(pos) } }));
-  trigger('select', { pos: Number(pos) });
+  const at = { pos: Number(pos) };
+  trigger('select', row === undefined ? at : { ...at, row: Number(row) });
 }
 
 function beside(token, key) {
@@ -165,13 +166,14 @@ element.addEventListener('keydown', (event) => {
 });
 
 element.addEventListener('click', (event) => {
-  const hit = event.target.closest('[data-i],[data-go],[data-fork],[data-turn],[data-run]');
+  const hit = event.target.closest('[data-i],[data-go],[data-fork],[data-ask],[data-turn],[data-run]');
   if (!hit || hit.disabled) return;
   const data = hit.dataset;
   if ('i' in data) {
     // The end of dragging over text to copy it is no choice.
     if (window.getSelection().isCollapsed) choose(tokenOf(event).dataset.i);
-  } else if ('go' in data) choose(data.go);
+  } else if ('go' in data) choose(data.go, data.row);
+  else if ('ask' in data) trigger('select', { ask: data.ask, pos: Number(data.at) });
   else if ('fork' in data) trigger('select', { fork: Number(data.fork), pos: Number(data.at) });
   else if ('turn' in data) trigger('select', { turn: Number(data.turn) });
   else trigger('select', { run: data.run });

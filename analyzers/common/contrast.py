@@ -23,8 +23,13 @@ from analyzers.errors import BadInput
 from analyzers.trace import Alternative, Event, Lens, Note, Scores, Token
 
 LOGPROB = "log-probability of the written token, nats"
-NULL_BELOW = 1e-6
-"""Scores whose spread is smaller (nats) say nothing: the branches agree."""
+NULL_BELOW = 1e-3
+"""Scores whose spread is smaller (nats) say nothing: the branches agree. Two ways of computing the
+same (one row or a batch, joined weights or modules) part by up to a tenth of this."""
+NEVER = -80.0
+"""A log-probability of nothing: its exponential is still a normal float32."""
+MASKED = -1000.0
+"""What a token that is not plausible counts when continuations are scored."""
 
 
 @dataclass(eq=False)
@@ -40,15 +45,31 @@ class Branch:
 
 
 @dataclass(frozen=True, eq=False)
+class Exits:
+    """What the strong branch would say if its lower layers were its last.
+
+    layers: their numbers, the model's own last one at the end. logits: (layers, vocab), float32.
+    scores: one number for each of them; measure: what that number is."""
+
+    layers: tuple[int, ...]
+    logits: torch.Tensor
+    scores: tuple[float, ...]
+    measure: str
+
+
+@dataclass(frozen=True, eq=False)
 class Fused:
     """scores: (vocab,), nats, -inf for what is not plausible. plausible: how many tokens are. null:
     the branches agree so far that their difference says nothing. picked: what the rule chose
-    besides (the row of a layer)."""
+    besides (the row of a layer). exits: the layers that were looked at, where a rule looks at
+    layers. shown: (name, logits (vocab,)) of what the table shows; None = the branches' own."""
 
     scores: torch.Tensor
     plausible: int
     null: bool = False
     picked: int | None = None
+    exits: Exits | None = None
+    shown: tuple[tuple[str, torch.Tensor], ...] | None = None
 
 
 Rule = Callable[[Sequence[Step]], Fused]
@@ -88,8 +109,8 @@ def fuse(
     keep = plausible(strong, alpha)
     total = torch.stack([weight * logits.log_softmax(-1) for weight, logits in terms]).sum(0)
     kept, count = total[keep], int(keep.sum())
-    empty = abs(sum(weight for weight, _ in terms)) < NULL_BELOW and count > 1
-    null = empty and float(kept.max() - kept.min()) < NULL_BELOW
+    empty = math.isclose(sum(weight for weight, _ in terms), 0, abs_tol=1e-6)
+    null = empty and count > 1 and float(kept.max() - kept.min()) < NULL_BELOW
     return Fused(torch.where(keep, total, -torch.inf), count, null, picked)
 
 
@@ -103,13 +124,19 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def jsd(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Jensen-Shannon divergence in nats of the distributions with these logits (..., vocab):
     (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; 0 = equal, ln 2 = nothing in common."""
-    log_p, log_q = torch.broadcast_tensors(p.log_softmax(-1), q.log_softmax(-1))
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    halves = [
-        torch.where(log_x > -torch.inf, log_x.exp() * (log_x - log_m), 0.0).sum(-1)
-        for log_x in (log_p, log_q)
-    ]
-    return ((halves[0] + halves[1]) / 2).clamp_min(0.0)
+    # The sum of p log p and q log q less that of m log m: few passes, and one logarithm.
+    log_p, log_q = p.log_softmax(-1).clamp_min(NEVER), q.log_softmax(-1).clamp_min(NEVER)
+    p, q = log_p.exp(), log_q.exp()
+    m = (p + q) / 2
+    own = (p * log_p + q * log_q) / 2
+    return (own - m * m.log()).sum(-1).clamp_min(0.0)
+
+
+def early(engine: Engine, step: Step, layers: Sequence[int], *, norm: bool = True) -> torch.Tensor:
+    """Logits (layers + 1, vocab) of a step that tapped `layers`, as if each were the last one; the
+    last row is the model's own. norm: whether the final norm comes before the head."""
+    hidden = torch.stack([step.hidden[layer] for layer in layers])
+    return torch.cat([engine.unembed(hidden, norm=norm), step.raw[None]])
 
 
 def write(
@@ -186,12 +213,7 @@ def step_all(branches: Sequence[Branch], together: bool = True) -> list[Step]:
             branch.engine.step(branch.cursor, taps=branch.taps, options=branch.options)
             for branch in branches
         ]
-    for branch, step in zip(branches, steps, strict=True):
-        if len(step.raw) != len(steps[0].raw):
-            raise BadInput(
-                f"{branch.engine.identity['name']} cannot be contrasted with "
-                f"{first.engine.identity['name']}: they have different vocabularies."
-            )
+    _check_vocabularies(branches, [len(step.raw) for step in steps])
     return steps
 
 
@@ -199,36 +221,57 @@ def score(
     branches: Sequence[Branch], continuations: Sequence[Sequence[int]], rule: Rule
 ) -> list[float]:
     """The sum of the rule's scores over the tokens of each continuation, as multiple-choice
-    evaluation takes them; compare only continuations of the same branches. The cursors stay.
+    evaluation takes them; compare only continuations of the same branches. A token that is not
+    plausible counts -1000. The cursors stay.
 
-    Raises: ModelLacks for models without trees."""
+    Raises: BadInput for branches with different vocabularies; ModelLacks for models without trees.
+    """
     tree, paths = Tree.merged(continuations)
     checked = [
         branch.engine.verify(branch.cursor, tree, taps=branch.taps, options=branch.options)
         for branch in branches
     ]
+    _check_vocabularies(branches, [each.raw.shape[-1] for each in checked])
     values = torch.zeros(len(tree))
     for parent in sorted(set(tree.parents)):
         scores = rule([each.step(parent) for each in checked]).scores
         for node, above in enumerate(tree.parents):
             if above == parent:
-                values[node] = scores[tree.ids[node]]
+                values[node] = scores[tree.ids[node]].clamp_min(MASKED)
     return [float(values[list(path)].sum()) for path in paths]
 
 
 def table(at: At) -> Lens:
-    """The ten likeliest tokens of every branch and of their contrast, and the log-probability of
-    the written token in each."""
-    engine = at.branches[0].engine
-    rows = [step.logits.log_softmax(-1) for step in at.steps]
-    rows.append(at.fused.scores.log_softmax(-1))
+    """The ten likeliest tokens of every branch (or of what the rule shows instead) and of their
+    contrast, and the log-probability of the written token in each."""
+    shown = at.fused.shown
+    if shown is None:
+        shown = tuple(
+            (branch.name, step.raw) for branch, step in zip(at.branches, at.steps, strict=True)
+        )
+    names, logits = zip(*shown, ("contrast", at.fused.scores), strict=True)
+    rows = torch.stack(logits).log_softmax(-1)
     return Lens(
         pos=at.token.pos,
-        rows=(*(branch.name for branch in at.branches), "contrast"),
-        top=tuple(alternatives(engine, row) for row in rows),
-        scores=tuple(round(float(row[at.token.id]), DIGITS) for row in rows),
+        rows=names,
+        top=tuple(alternatives(at.branches[0].engine, row) for row in rows),
+        scores=tuple(round(value, DIGITS) for value in rows[:, at.token.id].tolist()),
         name="branches",
         measure=LOGPROB,
+    )
+
+
+def layers(at: At) -> Lens:
+    """What the layers that the rule looked at would have written, and its number for each."""
+    exits = at.fused.exits
+    assert exits is not None  # the caller's rule looks at layers
+    return Lens(
+        pos=at.token.pos,
+        rows=tuple(map(str, exits.layers)),
+        top=tuple(alternatives(at.branches[0].engine, row) for row in exits.logits.log_softmax(-1)),
+        scores=tuple(round(value, DIGITS) for value in exits.scores),
+        picked=at.fused.picked,
+        measure=exits.measure,
     )
 
 
@@ -245,6 +288,15 @@ def alternatives(engine: Engine, logprobs: torch.Tensor) -> tuple[Alternative, .
         for id, value in zip(ids.tolist(), values.tolist(), strict=True)
         if math.isfinite(value)
     )
+
+
+def _check_vocabularies(branches: Sequence[Branch], sizes: Sequence[int]) -> None:
+    for branch, size in zip(branches, sizes, strict=True):
+        if size != sizes[0]:
+            raise BadInput(
+                f"{branch.engine.identity['name']} cannot be contrasted with "
+                f"{branches[0].engine.identity['name']}: they have different vocabularies."
+            )
 
 
 def _policy(branch: Branch) -> Policy:

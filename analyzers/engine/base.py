@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
@@ -14,6 +15,7 @@ from analyzers.engine.cache import GrowingLayer, Past, Spare, StatePast
 from analyzers.engine.flat import Flat
 from analyzers.engine.masks import Mask
 from analyzers.engine.passes import Pass, Passes
+from analyzers.engine.routing import experts_in
 from analyzers.engine.text import Vocabulary, encodable
 from analyzers.engine.values import PLAIN, Cursor, Options
 from analyzers.errors import BadInput, ModelBroken, ModelLacks, OutOfContext
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class Base:
-    """`identity` names the model, `context` is its window in tokens, `layers` counts its blocks.
+    """`identity` names the model, `context` is its window in tokens, `layers` counts its blocks,
+    `experts` those that each router chooses from (0 for a dense model).
 
     `poll` is called before every pass and may raise Stopped; `progress(done, total)` hears of long
     prefills. Both belong to the caller that drives the run. `cost`: what passes cost on this
@@ -49,6 +52,7 @@ class Base:
         self._device = model.device
         self._ends = _end_ids(model, tokenizer)
         self._parts = parts(model)
+        self.experts = experts_in(model.config) if self._parts.routers else 0
         self._passes = Passes(model, self._parts)
         self._flat = Flat.of(model, self._parts)
         self._spare = Spare()
@@ -98,10 +102,15 @@ class Base:
             raise BadInput(
                 "This model has no chat template: choose raw text instead of a conversation."
             )
-        turns = self.tokenizer.apply_chat_template(
-            list(task.prompt), add_generation_prompt=True, tokenize=False
-        )
-        return turns + task.prefix
+        try:
+            turns = self.tokenizer.apply_chat_template(
+                list(task.prompt), add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise BadInput(
+                f"This model's chat template does not take the conversation: {error}."
+            ) from error
+        return str(turns) + task.prefix
 
     @property
     def can_chat(self) -> bool:

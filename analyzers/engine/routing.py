@@ -2,13 +2,16 @@
 
 Source: Shi et al., SCMoE, NeurIPS 2024 (arXiv 2405.14507), for top-k, rank-k and one given expert;
 Huang et al. 2024 (arXiv 2403.07652), for the dynamic choice. Each row having a policy of its own
-is ours. Every supported router returns (router_logits (N, E), weights (N, k), experts (N, k)) for
-N = batch x tokens rows, sequence after sequence, and the experts' code accepts any k. Shared
-experts lie outside of the router and stay active under every policy.
+is ours, and so is that random experts depend on seed, layer and position alone: a text is routed
+the same whether it is read at once, in chunks, in a batch or token by token. Every supported
+router returns (router_logits (N, E), weights (N, k), experts (N, k)) for N = batch x tokens rows,
+sequence after sequence, and the experts' code accepts any k. Shared experts lie outside of the
+router and stay active under every policy.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Literal
 
 import torch
@@ -18,7 +21,7 @@ from transformers import PreTrainedConfig
 from analyzers.errors import BadParameter, ModelLacks
 
 Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Kind = Literal["default", "top", "rank", "fixed", "dynamic"]
+Kind = Literal["default", "top", "rank", "fixed", "dynamic", "random"]
 # Family -> how its router scores experts. The weights of the chosen sum to 1 (before any factor)
 # unless the family says `norm_topk_prob=False`; GraniteMoE and GPT-OSS take the softmax over the
 # chosen logits, which is the same as dividing the softmax over all by the sum of the chosen.
@@ -42,6 +45,7 @@ class Policy:
 
     default: as the model does. top: the `k` best. rank: only the `k`-th best, 1 = best. fixed:
     these `experts`. dynamic: from the best on, until their share of all scores exceeds `threshold`.
+    random: `k` different ones, drawn anew by `seed` in every layer at every position.
     renormalise: whether the weights of the chosen sum to 1; None = as the family does.
     """
 
@@ -50,10 +54,11 @@ class Policy:
     experts: tuple[int, ...] = ()
     threshold: float = 0.0
     renormalise: bool | None = None
+    seed: int = 0
 
     def check(self, experts: int) -> None:
         """Raises: BadParameter when a model with this many experts cannot follow the policy."""
-        if self.kind in ("top", "rank") and not 1 <= self.k <= experts:
+        if self.kind in ("top", "rank", "random") and not 1 <= self.k <= experts:
             raise BadParameter(
                 f"Routing {self.kind}-{self.k} is not possible: the model has {experts} experts."
             )
@@ -89,19 +94,36 @@ def dynamic(threshold: float, renormalise: bool | None = None) -> Policy:
     return Policy("dynamic", threshold=threshold, renormalise=renormalise)
 
 
+def random(k: int, seed: int, renormalise: bool | None = None) -> Policy:
+    return Policy("random", k=k, seed=seed, renormalise=renormalise)
+
+
 def routable(config: PreTrainedConfig) -> bool:
     """Whether `reroute` knows how this family scores its experts."""
     return config.model_type in SCORES
 
 
+def experts_in(config: PreTrainedConfig) -> int:
+    """How many experts each router chooses from; 0 for a dense model."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((int(count) for name in names if (count := getattr(config, name, None))), 0)
+
+
 def reroute(
-    router: nn.Module, config: PreTrainedConfig, output: Output, policies: Sequence[Policy]
+    router: nn.Module,
+    config: PreTrainedConfig,
+    output: Output,
+    policies: Sequence[Policy],
+    *,
+    layer: int = 0,
+    positions: torch.Tensor | None = None,
 ) -> Output:
     """What `router` would have returned if its rows followed `policies`.
 
     One policy a row, or one a sequence (the N rows are then divided evenly). Rows under the
     default keep their numbers bit for bit. When rows choose different numbers of experts, the
-    shorter ones are filled up with their first expert at weight 0.
+    shorter ones are filled up with their first expert at weight 0. layer, positions (N values in
+    any shape; default 0 to N - 1): what random experts are drawn by.
     Raises: ModelLacks for a family that is not `routable`; BadParameter as `Policy.check`.
     """
     if all(policy.kind == "default" for policy in policies):
@@ -113,6 +135,7 @@ def reroute(
     distinct = list(dict.fromkeys(policies))
     which = torch.tensor([distinct.index(policy) for policy in policies])
     which = which.repeat_interleave(len(logits) // len(policies))
+    at = torch.arange(len(logits)) if positions is None else positions.flatten().cpu()
     found = []
     for index, policy in enumerate(distinct):
         rows = (which == index).nonzero()[:, 0].to(logits.device)
@@ -120,7 +143,8 @@ def reroute(
             found.append((rows, weights[rows], experts[rows]))
         else:
             policy.check(logits.shape[-1])
-            found.append((rows, *rule.choose(logits[rows].float(), policy)))
+            places = [(layer, pos) for pos in at[rows.cpu()].tolist()]
+            found.append((rows, *rule.choose(logits[rows].float(), policy, places)))
     widest = max(ids.shape[-1] for _, _, ids in found)
     new_weights = weights.new_zeros(len(logits), widest)
     new_experts = experts.new_zeros(len(logits), widest)
@@ -135,6 +159,15 @@ def chosen(output: Output) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts and weights, each (N, k), as the router said; `experts_of_row` reads one."""
     _, weights, experts = output
     return experts, weights
+
+
+def entropy(config: PreTrainedConfig, output: Output) -> torch.Tensor:
+    """How undecided the router was, (N,), nats: of its scores over all experts, made to sum to 1;
+    0 = sure of one, ln E = all equal. The same under every policy."""
+    logits = output[0].float()
+    sigmoid = SCORES.get(config.model_type) == "sigmoid"
+    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    return torch.special.entr(scores / scores.sum(-1, keepdim=True)).sum(-1)
 
 
 def experts_of_row(
@@ -178,8 +211,11 @@ class _Rule:
             best_groups=config.topk_group,
         )
 
-    def choose(self, logits: torch.Tensor, policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and experts, each (rows, k), of rows with these logits (rows, E), float32."""
+    def choose(
+        self, logits: torch.Tensor, policy: Policy, places: Sequence[tuple[int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and experts, each (rows, k), of rows with these logits (rows, E), float32.
+        places: (layer, position) of each row."""
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
         order = self._order(scores if self.sigmoid else logits)  # a softmax may vanish
         keep = torch.ones_like(order, dtype=torch.bool)
@@ -189,6 +225,12 @@ class _Rule:
             order = order[:, : policy.k]
         elif policy.kind == "fixed":
             order = order.new_tensor(policy.experts).expand(len(logits), -1)
+        elif policy.kind == "random":
+            experts = range(logits.shape[-1])
+            drawn = [
+                Random(repr((policy.seed, *place))).sample(experts, policy.k) for place in places
+            ]
+            order = order.new_tensor(drawn)
         else:
             share = (scores / scores.sum(-1, keepdim=True)).gather(1, order)
             keep = share.cumsum(-1) - share <= policy.threshold

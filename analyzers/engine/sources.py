@@ -63,13 +63,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Listed:
-    """A model to pick. size: bytes on disk when ready, else bytes to download."""
+    """A model to pick. size: bytes on disk when ready, else bytes to download (0: it is made from
+    what is here); about: a sentence on what it is, where there is something to know."""
 
     ref: str
     title: str
     kind: Kind
     ready: bool
     size: int
+    about: str = ""
 
 
 def resolve(
@@ -112,13 +114,15 @@ def find(ref: str, remote_code: bool = False) -> Source | None:
 
 def listed() -> list[Listed]:
     """The built-ins, then what the Hugging Face cache has whole; by title."""
-    ready = {each.name: each for each in builtin.cached(models_folder()) if each.intact}
-    found = [
-        Listed(name, model.title, "builtin", True, ready[name].size)
-        if name in ready
-        else Listed(name, model.title, "builtin", False, model.download)
-        for name, model in builtin.MODELS.items()
-    ]
+    folder = models_folder()
+    ready = {each.name: each.size for each in builtin.cached(folder) if each.intact}
+    found = []
+    for name, model in builtin.MODELS.items():
+        size = ready.get(name, model.download)
+        if isinstance(model, builtin.Carved) and name not in ready and model.made_from in ready:
+            size = 0
+        about = builtin.about(name, folder)
+        found.append(Listed(name, model.title, "builtin", name in ready, size, about))
     return found + sorted(_listed_cache(), key=lambda each: each.title.lower())
 
 

@@ -77,7 +77,8 @@ class Step:
     where excluded. hidden: layer -> (d_model,) for the tapped layers; 0 = embeddings, l = output
     of block l, before the final norm. before: the last few ids in front of `pos`, enough to know
     whether a character is unfinished there. experts: layer -> experts of that block's router and
-    their weights, where asked for.
+    their weights, where asked for; router_entropy: layer -> how undecided that router was, nats,
+    with them.
     """
 
     pos: int
@@ -86,6 +87,7 @@ class Step:
     before: tuple[int, ...]
     hidden: Mapping[int, torch.Tensor]
     experts: Mapping[int, Experts] = field(default_factory=dict)
+    router_entropy: Mapping[int, float] = field(default_factory=dict)
 
 
 def step_after(
@@ -96,6 +98,7 @@ def step_after(
     ban: Collection[int] = (),
     filters: Filters = PLAIN_FILTERS,
     experts: Mapping[int, Experts] | None = None,
+    router_entropy: Mapping[int, float] | None = None,
 ) -> Step:
     """The Step behind `ids` from the model's logits (vocab or more,) in its own precision.
 
@@ -118,4 +121,5 @@ def step_after(
         before=tuple(ids[-UTF8_MOST:]),
         hidden=hidden,
         experts=experts or {},
+        router_entropy=router_entropy or {},
     )

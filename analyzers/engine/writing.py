@@ -364,9 +364,10 @@ class Writing(Base):
         """The Step behind the cursor's text from its logits; place: (row, token) in the pass."""
         hidden = this.hidden_at(*place) if this else {}
         experts = this.experts_at(*place) if this else {}
+        entropy = this.router_entropy_at(*place) if this else {}
         size = self.vocabulary.size
         try:
-            return step_after(cursor.ids, row, size, hidden, ban, filters, experts)
+            return step_after(cursor.ids, row, size, hidden, ban, filters, experts, entropy)
         except ModelBroken:
             raise self._where_broken(cursor.ids, this) from None
 

@@ -108,7 +108,7 @@ def _watch(page: "Page", address: str, pacer: "_Pacer") -> tuple[list[float], fl
     sent = []
     tools.on("Network.dataReceived", lambda event: sent.append(event["dataLength"]))
     page.goto(address)
-    go = page.locator("#run")
+    go = page.locator("#generate-run")
     go.wait_for(timeout=1e3 * PATIENCE)
     page.wait_for_timeout(1e3 * SETTLE)
     page.evaluate(WATCH, pacer.tokens)

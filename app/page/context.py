@@ -5,19 +5,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from app.runner import Loading, ModelChoice, Run, Runner
+from app.runner import Loading, ModelChoice, Runner, Work
 from sessions.store import Store
 
 
 @dataclass
 class PageContext:
-    """model: what a visitor's runs use at first. By session of a visitor: `active`, the run that
-    is followed; `loading`, the model that is being loaded; `chosen`, the model of the next run."""
+    """model: what a visitor's runs use at first. By session of a visitor: `active`, the run that is
+    followed, or several together; `loading`, the model that is being loaded; `chosen`, the model of
+    the next run."""
 
     runner: Runner
     store: Store
     model: ModelChoice
-    active: dict[str, Run] = field(default_factory=dict)
+    active: dict[str, Work] = field(default_factory=dict)
     loading: dict[str, Loading] = field(default_factory=dict)
     chosen: dict[str, ModelChoice] = field(default_factory=dict)
     _files: TemporaryDirectory[str] = field(

@@ -24,11 +24,25 @@ from app.page import theme
 from app.page.context import PageContext
 from app.page.middleware import LOOPBACK, Guard
 from app.page.model_bar import ModelBar
-from app.page.tabs import generate, history
+from app.page.tabs import ask, history
+from app.page.tabs.ask import Asking
+from app.page.tabs.compare import CompareTab
 from app.page.widgets import PLOTLY
 from app.runner import ModelChoice, Runner
 from sessions.store import Store
 from visualizations.text import human_size
+
+ASKING = (
+    Asking("Generate", "generate", ("decoding",), "sampling", ask.FIRST_PROMPT),
+    Asking(
+        "Layers & experts",
+        "layers",
+        ("inspection", "contrast"),
+        "logit_lens",
+        "Is it dangerous to swallow chewing gum?",
+    ),
+)
+"""The tabs that ask, in their order."""
 
 
 def build(ctx: PageContext) -> gr.Blocks:
@@ -39,11 +53,14 @@ def build(ctx: PageContext) -> gr.Blocks:
 
     with gr.Blocks(title="Candor", analytics_enabled=False, fill_width=True) as page:
         bar = ModelBar(ctx)
-        with gr.Tabs():
-            with gr.Tab("Generate", id="generate"):
-                generate.build(ctx, bar.can_chat)
+        with gr.Tabs() as tabs:
+            for asking in ASKING:
+                with gr.Tab(asking.title, id=asking.name):
+                    ask.build(ctx, bar.can_chat, asking)
+            with gr.Tab("Compare", id="compare"):
+                beside = CompareTab(ctx, bar.can_chat)
             with gr.Tab("History", id="history") as tab:
-                history.build(ctx, tab)
+                history.build(ctx, tab, tabs, beside)
         bar.greet(page)
         page.unload(closed)
     return page

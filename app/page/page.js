@@ -1,8 +1,9 @@
 // Small things the page does by itself: Ctrl+Enter, copying, and light or dark.
 document.addEventListener('keydown', (event) => {
   if (event.key !== 'Enter' || !(event.ctrlKey || event.metaKey)) return;
-  const run = document.querySelector('#run');
-  if (run && run.offsetParent !== null && !run.disabled) {
+  const runs = [...document.querySelectorAll('button.candor-run')];
+  const run = runs.find((button) => button.offsetParent !== null);
+  if (run && !run.disabled) {
     event.preventDefault();
     run.click();
   }

@@ -11,9 +11,9 @@ from analyzers.errors import BadInput, CandorError
 from analyzers.trace import Event, RunStarted, Token, surviving, text_of
 from app.command import as_command
 from app.page.context import PageContext
-from app.page.widgets import QUIET, chart, chosen, growing, view, words
+from app.page.widgets import QUIET, chart, chosen, figures, growing, view, words
 from app.runner import UPDATE_SECONDS, Fork, Job, ModelChoice, Run, Update
-from visualizations import curve, legend, panel, status, summary, tokens, turns
+from visualizations import curve, inside, legend, lens, panel, status, summary, tokens, turns
 from visualizations.signals import PROBABILITY, SIGNALS
 
 COPY = "(text) => window.candorCopy(text)"
@@ -26,7 +26,8 @@ SHOW_SPACE = """(on) => {
   for (const box of document.querySelectorAll('%s')) box.classList.toggle('show-ws', on);
 }"""
 
-Outputs = dict[gr.components.Component, Any]
+Outputs = dict[gr.blocks.Block, Any]
+"""New values of widgets."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ class RunView:
     answer: gr.HTML
     state: gr.HTML
     curve: gr.HTML
+    lens: gr.HTML
+    inside: gr.HTML
     summary: gr.HTML
     panel: gr.HTML
     signal: gr.Radio
 
     @property
     def outputs(self) -> list[gr.components.Component]:
-        beside = [self.state, self.curve, self.summary, self.panel]
+        beside = [self.state, self.curve, self.lens, self.inside, self.summary, self.panel]
         return [self.run_id, self.asked, self.answer, *beside]
 
     def run(self, ask: Callable[[], Run], request: gr.Request, signal: str) -> Iterator[Outputs]:
@@ -68,21 +71,30 @@ class RunView:
     def fork(
         self, run_id: str, signal: str, event: gr.EventData, request: gr.Request
     ) -> Iterator[Outputs]:
-        """Continue the shown run with the alternative that was clicked, as a new run."""
-        at = chosen(event)
-        if "fork" in at:
-            model = self.ctx.choice(request.session_hash)
-            job = fork_job(self.ctx, run_id, at["pos"], at["fork"], model)
-            yield from self.run(lambda: self.ctx.runner.submit(job), request, signal)
+        """What a button of the panel asks for, as a new run: to go on from here with another token,
+        or a method that looks at the token that stands there."""
+        at, model = chosen(event), self.ctx.choice(request.session_hash)
+        if "fork" in at or "ask" in at:
+
+            def ask() -> Run:
+                if "fork" in at:
+                    job = fork_job(self.ctx, run_id, at["pos"], at["fork"], model)
+                else:
+                    job = look_job(self.ctx, run_id, at["pos"], at["ask"], model)
+                return self.ctx.runner.submit(job)
+
+            yield from self.run(ask, request, signal)
 
     def _follow(self, run: Run, signal: str) -> Iterator[Outputs]:
-        text = tokens.TokenView()
+        text, layers = tokens.TokenView(), lens.LensView()
         yield self._blank() | {self.state: status.waiting(0), self.answer: _text("", live=True)}
         try:
             for update in run.updates():
+                new = [stamped.event for stamped in update.new]
                 yield {
                     self.run_id: run.id,
-                    self.answer: text.add(stamped.event for stamped in update.new),
+                    self.answer: text.add(new),
+                    self.lens: _titled(layers.add(new)),
                     self.state: _live(run, update),
                 }
         except CandorError as error:
@@ -102,15 +114,18 @@ class RunView:
     ) -> Iterator[Outputs]:
         """The recorded run token by token, `speed` times as fast as it was; needs no model."""
         stamped = self.ctx.runner.events(run_id)
-        text, began, shown = tokens.TokenView(), time.monotonic(), 0
+        text, layers = tokens.TokenView(), lens.LensView()
+        began, shown = time.monotonic(), 0
         asked = turns.asked([each.event for each in stamped])
         yield self._blank() | {self.run_id: run_id, self.asked: asked}
         while shown < len(stamped) and going_on():
             now = (time.monotonic() - began) * speed
             due = [each for each in stamped[shown:] if each.t <= now]
             shown += len(due)
+            new = [each.event for each in due]
             yield {
-                self.answer: text.add(each.event for each in due),
+                self.answer: text.add(new),
+                self.lens: _titled(layers.add(new)),
                 self.state: status.replaying(shown, len(stamped), speed),
             }
             time.sleep(UPDATE_SECONDS)
@@ -121,6 +136,8 @@ class RunView:
         return {
             self.run_id: run_id,
             self.curve: _curve(events, signal),
+            self.lens: _titled(lens.render(events)) if lens.fits(events) else "",
+            self.inside: inside.render(events),
             self.summary: summary.render(summary.summarize(events)),
             self.state: status.ended(events, run_id, self.ctx.runner.recorder.problem),
         }
@@ -130,6 +147,8 @@ class RunView:
             self.asked: "",
             self.answer: "",
             self.curve: "",
+            self.lens: "",
+            self.inside: "",
             self.summary: summary.render(summary.summarize([])),
             self.panel: panel.empty(),
         }
@@ -161,24 +180,27 @@ def build_view(ctx: PageContext, name: str) -> RunView:
                 with gr.Row(elem_classes="candor-actions"):
                     copy = gr.Button("Copy answer", size="sm")
                     command = gr.Button("Copy as command", size="sm")
+            layers = growing(elem_id=f"{name}-lens", elem_classes="candor-growing")
+            within = figures(elem_id=f"{name}-inside")
             numbers = view(summary.render(summary.summarize([])), elem_id=f"{name}-summary")
         with gr.Column(scale=2, min_width=290, elem_classes="candor-card candor-right"):
             opened = view(panel.empty(), elem_id=f"{name}-panel")
     run_id = gr.State("")
     clip = gr.Textbox(visible=False)
-    made = RunView(ctx, run_id, asked, answer, state, plot, numbers, opened, signal)
+    made = RunView(ctx, run_id, asked, answer, state, plot, layers, within, numbers, opened, signal)
 
     def recolour(run_id: str, chosen_signal: str) -> tuple[str, str]:
         events = _events(ctx, run_id)
         return legend.render(SIGNALS[chosen_signal]), _curve(events, chosen_signal)
 
     def open_token(run_id: str, event: gr.EventData) -> str:
-        return _panel(ctx, run_id, chosen(event).get("pos"))
+        at = chosen(event)
+        return token_panel(ctx, run_id, at.get("pos"), at.get("row"))
 
     signal.change(None, signal, None, js=PICK_SIGNAL % scope)
     signal.change(recolour, [run_id, signal], [key, plot], **QUIET)
     spaces.change(None, spaces, None, js=SHOW_SPACE % scope)
-    for clickable in (answer, plot, numbers):
+    for clickable in (answer, plot, layers, within, numbers):
         clickable.select(open_token, [run_id], [opened], **QUIET)
     copy.click(lambda id: text_of(_events(ctx, id)), [run_id], [clip], **QUIET).then(
         None, [clip], None, js=COPY
@@ -203,6 +225,16 @@ def fork_job(ctx: PageContext, run_id: str, pos: int, id: int, model: ModelChoic
     )
 
 
+def look_job(ctx: PageContext, run_id: str, pos: int, method: str, model: ModelChoice) -> Job:
+    """Look at the token at `pos` of a run with a method that explains one token.
+
+    Raises: BadInput when no token stands there."""
+    token = next((each for each in surviving(_events(ctx, run_id)) if each.pos == pos), None)
+    if token is None:
+        raise BadInput(f"No token stands at position {pos}.")
+    return Job(method, model=model, fork=Fork(run_id, pos, token.id))
+
+
 def _events(ctx: PageContext, run_id: str) -> list[Event]:
     return [stamped.event for stamped in ctx.runner.events(run_id)] if run_id else []
 
@@ -213,15 +245,25 @@ def _curve(events: Sequence[Event], name: str) -> str:
     return curve.to_json(curve.figure(events, SIGNALS[name]))
 
 
-def _panel(ctx: PageContext, run_id: str, pos: int | None) -> str:
-    """The token at `pos`, as text of the token and what else was likely there."""
-    found = [token for token in surviving(_events(ctx, run_id)) if token.pos == pos]
-    if not found:
+def token_panel(
+    ctx: PageContext, run_id: str, pos: int | None, row: int | None = None, why_not: str = ""
+) -> str:
+    """The token at `pos`, what else was likely there, and what the views inside know of it (and of
+    one row of it). why_not: why the run cannot be continued from here, if the caller says so."""
+    events = _events(ctx, run_id)
+    found = [token for token in surviving(events) if token.pos == pos]
+    if not found or pos is None:
         return panel.empty()
-    live = ctx.runner.live(run_id) is not None
-    return panel.render(
-        found[0], f"Token {pos}", can_fork=not live, why_not="the run still goes on"
-    )
+    if not why_not and ctx.runner.live(run_id):
+        why_not = "the run still goes on"
+    token = panel.render(found[0], f"Token {pos}", can_fork=not why_not, why_not=why_not)
+    more = inside.detail(events, pos, row)
+    return more + token if row is not None else token + more
+
+
+def _titled(layers: str) -> str:
+    """The growing view with its heading in front, so that it still grows at its end."""
+    return f"<h3>{lens.TITLE}</h3>{layers}" if layers else ""
 
 
 def _text(*value: str, live: bool) -> gr.HTML:

@@ -40,6 +40,37 @@ draw();
 """
 
 
+# Views may hold charts: elements with figure data, drawn again when that changed. A click on a
+# point selects the token, and the row, that its customdata names.
+_FIGURES = """
+{
+  const drawn = new WeakMap();
+  const draw = () => {
+    const boxes = element.querySelectorAll('[data-figure]');
+    if (boxes.length && !window.Plotly) { setTimeout(draw, 100); return; }
+    for (const box of boxes) {
+      if (drawn.get(box) === box.dataset.figure && box.firstChild) continue;
+      const listens = drawn.has(box);
+      drawn.set(box, box.dataset.figure);
+      const figure = JSON.parse(box.dataset.figure);
+      const options = {responsive: true, displayModeBar: false};
+      window.Plotly.react(box, figure.data, figure.layout, options);
+      if (listens) continue;
+      box.on('plotly_click', (event) => {
+        const [pos, row] = [event.points[0].customdata].flat().map(Number);
+        if (!Number.isFinite(pos)) return;
+        const scope = element.closest('.candor-scope') || document;
+        scope.dispatchEvent(new CustomEvent('candor:select', {detail: {pos}}));
+        trigger('select', Number.isFinite(row) ? {pos, row} : {pos});
+      });
+    }
+  };
+  watch('value', draw);
+  draw();
+}
+"""
+
+
 # Gradio would parse the whole text again at every update; here only what is new is. It stands in a
 # block of its own before the listeners', so that they find the text drawn.
 _GROW = """
@@ -60,7 +91,7 @@ _GROW = """
 
 def view(value: str = "", **kwargs: Any) -> gr.HTML:
     """HTML of our own making, with one delegated listener; its `select` brings what was clicked:
-    {pos}, {pos, fork}, {turn}, {run} or {picked}."""
+    {pos}, {pos, row}, {pos, fork}, {pos, ask}, {turn}, {run} or {picked}."""
     return gr.HTML(value, js_on_load=js(), apply_default_css=False, **kwargs)
 
 
@@ -71,6 +102,17 @@ def growing(**kwargs: Any) -> gr.HTML:
         html_template='<div class="grown"></div>',
         js_on_load=_GROW + js(),
         apply_default_css=False,
+        **kwargs,
+    )
+
+
+def figures(**kwargs: Any) -> gr.HTML:
+    """A view that may hold charts."""
+    return gr.HTML(
+        "",
+        js_on_load=_FIGURES + js(),
+        apply_default_css=False,
+        head=f'<script src="{PLOTLY}" defer></script>',
         **kwargs,
     )
 

@@ -10,6 +10,7 @@ import gradio as gr
 from analyzers.errors import CandorError
 from app.page.context import PageContext
 from app.page.run_view import Outputs, build_view
+from app.page.tabs.compare import CompareTab
 from app.page.widgets import ENGINE, QUIET, chosen, view, words
 from sessions.export import export_jsonl, import_jsonl
 from visualizations import history, status
@@ -21,16 +22,18 @@ Picked = tuple[str, ...]
 """Ids of the ticked runs."""
 
 
-def build(ctx: PageContext, tab: gr.Tab) -> None:
+def build(ctx: PageContext, tab: gr.Tab, tabs: gr.Tabs, beside: CompareTab) -> None:
+    """tab: this one, of all `tabs`. beside: where ticked runs are compared."""
     with gr.Row(elem_classes="candor-page"):
-        HistoryTab(ctx, tab)
+        HistoryTab(ctx, tab, tabs, beside)
 
 
 class HistoryTab:
     """The widgets of the tab, and what they do. `replaying`: session -> the replay it watches."""
 
-    def __init__(self, ctx: PageContext, tab: gr.Tab) -> None:
+    def __init__(self, ctx: PageContext, tab: gr.Tab, tabs: gr.Tabs, beside: CompareTab) -> None:
         self.ctx = ctx
+        self.tabs, self.beside = tabs, beside
         self.replaying: dict[str, float] = {}
         with (
             gr.Column(scale=3, min_width=340, elem_classes="candor-left"),
@@ -57,6 +60,7 @@ class HistoryTab:
         self.disk = words("", elem_id="disk")
         self.rows = view("", elem_id="runs")
         with gr.Row(elem_classes="candor-actions"):
+            self.compare = gr.Button("Compare ticked", size="sm", elem_id="compare-ticked")
             self.export = gr.Button("Export ticked", size="sm", elem_id="export")
             self.load = gr.UploadButton(
                 "Import", size="sm", file_types=[".jsonl"], elem_id="import"
@@ -98,6 +102,8 @@ class HistoryTab:
             api_visibility="private",
             **ENGINE,
         )
+        outputs = [self.said, self.tabs, *self.beside.outputs]
+        self.compare.click(self.put_beside, [self.picked], outputs, **QUIET)
         self.export.click(self.write, [self.picked], [self.file, self.said], **QUIET)
         self.load.upload(self.read, [self.load], [self.said], **QUIET).then(
             self.find, asked, listed, **QUIET
@@ -147,6 +153,13 @@ class HistoryTab:
     def stop(self, request: gr.Request) -> None:
         self.replaying.pop(request.session_hash or "", None)
         self.ctx.stop(request.session_hash, "stopped by you")
+
+    def put_beside(self, picked: Picked) -> Outputs:
+        try:
+            shown = self.beside.show(picked)
+        except CandorError as error:
+            return {self.said: status.problem(str(error))}
+        return {self.said: "", self.tabs: gr.Tabs(selected="compare"), **shown}
 
     def write(self, picked: Picked) -> tuple[gr.File, str]:
         if not picked:

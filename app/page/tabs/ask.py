@@ -1,43 +1,67 @@
-"""The Generate tab: ask, watch the answer with its confidence, and go on from any token."""
+"""A tab that asks: a prompt, a method of some families, and the run it makes.
+
+Generate and "Layers & experts" are this tab with other methods; what a run shows beside its text
+follows from its events.
+"""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from analyzers import registry
+from analyzers.card import Family
 from analyzers.errors import BadInput
 from analyzers.task import Task, chat
 from analyzers.trace import RunStarted, Turn, text_of
 from app.page.context import PageContext
 from app.page.forms import build_form
-from app.page.run_view import Outputs, build_view, fork_job
+from app.page.run_view import Outputs, build_view
 from app.page.widgets import ENGINE, QUIET, chosen, view, words
 from app.runner import Job, Run
 from visualizations import status, turns
 from visualizations.text import escape
 
-FIRST_METHOD = "sampling"
 FIRST_PROMPT = "What is the capital of Kenya, and since when?"
+FIRST_INPUTS = {
+    "passage": "Mombasa was the first capital of the East Africa Protectorate. In 1905 the British "
+    "moved their administration up the railway to Nairobi, a depot in a cool swamp, and Nairobi "
+    "stayed the capital when Kenya became independent on 12 December 1963."
+}
 MODES = [("Chat", "chat"), ("Text", "raw")]
 
 
-def build(ctx: PageContext, can_chat: gr.State) -> None:
+@dataclass(frozen=True)
+class Asking:
+    """What makes one of these tabs: its title, the name that makes the ids of its widgets, the
+    families of its methods, and the method and the prompt that are offered first."""
+
+    title: str
+    name: str
+    families: tuple[Family, ...]
+    method: str
+    prompt: str
+
+
+def build(ctx: PageContext, can_chat: gr.State, asking: Asking) -> None:
     """can_chat: whether the model of the visitor has a chat template."""
     with gr.Row(elem_classes="candor-page"):
-        GenerateTab(ctx, can_chat)
+        AskTab(ctx, can_chat, asking)
 
 
-class GenerateTab:
+class AskTab:
     """The widgets of the tab, and what they do. `earlier` holds a visitor's earlier turns."""
 
-    def __init__(self, ctx: PageContext, can_chat: gr.State) -> None:
+    def __init__(self, ctx: PageContext, can_chat: gr.State, asking: Asking) -> None:
         self.ctx = ctx
         self.can_chat = can_chat
+        self.asking = asking
+        self.name, self.first = asking.name, asking.method
         self.methods = {
-            name: method
-            for name, method in registry.methods().items()
-            if method.card.family == "decoding"
+            each.name: each
+            for each in registry.methods().values()
+            if each.card.family in asking.families
         }
         with gr.Column(scale=2, min_width=280, elem_classes="candor-left"):
             with gr.Column(elem_classes="candor-card"):
@@ -45,12 +69,18 @@ class GenerateTab:
                 self._draw_buttons()
                 self._draw_method()
             self.more = gr.Button(
-                "Continue this conversation", size="sm", interactive=False, elem_id="continue"
+                "Continue this conversation",
+                size="sm",
+                interactive=False,
+                elem_id=self._id("continue"),
             )
         with gr.Column(scale=7, min_width=340):
-            self.shown = build_view(ctx, "generate")
+            self.shown = build_view(ctx, self.name)
         self.earlier = gr.State(())
         self._listen()
+
+    def _id(self, of: str) -> str:
+        return f"{self.name}-{of}"
 
     # What is seen
 
@@ -62,14 +92,14 @@ class GenerateTab:
             show_label=False,
             container=False,
             elem_classes="candor-seg",
-            elem_id="mode",
+            elem_id=self._id("mode"),
         )
         self.text_only = words(
             '<p class="candor-hint">This model has no chat template: it goes on from a text.</p>',
             visible=False,
-            elem_id="text-only",
+            elem_id=self._id("text-only"),
         )
-        self.talk = view(elem_id="talk")
+        self.talk = view(elem_id=self._id("talk"))
         with gr.Accordion("System prompt", open=False) as self.system_box:
             self.system = gr.Textbox(
                 "",
@@ -78,15 +108,16 @@ class GenerateTab:
                 placeholder="How the model should behave (empty: the model's own default)",
                 lines=2,
                 container=False,
-                elem_id="system",
+                elem_id=self._id("system"),
             )
         self.prompt = gr.Textbox(
-            FIRST_PROMPT,
+            self.asking.prompt,
             label="Prompt (Ctrl + Enter runs)",
             lines=3,
             max_lines=12,
-            elem_id="prompt",
+            elem_id=self._id("prompt"),
         )
+        self._draw_inputs()
         with gr.Accordion("Begin the answer", open=False):
             self.prefix = gr.Textbox(
                 "",
@@ -94,13 +125,34 @@ class GenerateTab:
                 label="Beginning of the answer",
                 placeholder="The model goes on from here",
                 container=False,
-                elem_id="prefix",
+                elem_id=self._id("prefix"),
             )
+
+    def _draw_inputs(self) -> None:
+        """A box for everything that some method takes beside the prompt."""
+        names = dict.fromkeys(name for each in self.methods.values() for name in each.card.takes)
+        self.inputs = {
+            name: gr.Textbox(
+                FIRST_INPUTS.get(name, ""),
+                label=name.capitalize(),
+                lines=5,
+                max_lines=16,
+                visible=name in self.methods[self.first].card.takes,
+                elem_id=self._id(name),
+            )
+            for name in names
+        }
 
     def _draw_buttons(self) -> None:
         with gr.Row():
-            self.go = gr.Button("Run", variant="primary", elem_id="run", min_width=80)
-            self.halt = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
+            self.go = gr.Button(
+                "Run",
+                variant="primary",
+                elem_id=self._id("run"),
+                elem_classes="candor-run",
+                min_width=80,
+            )
+            self.halt = gr.Button("Stop", interactive=False, elem_id=self._id("stop"), min_width=80)
         words(
             '<p class="candor-hint">Grey: Stop while nothing runs, Continue before an answer.</p>'
         )
@@ -108,30 +160,32 @@ class GenerateTab:
     def _draw_method(self) -> None:
         self.method = gr.Dropdown(
             [(each.card.title, name) for name, each in self.methods.items()],
-            value=FIRST_METHOD,
+            value=self.first,
             label="Method",
-            elem_id="method",
+            elem_id=self._id("method"),
         )
-        self.about = words(_about(self.methods[FIRST_METHOD]))
-        self.forms = [build_form(each, name == FIRST_METHOD) for name, each in self.methods.items()]
+        self.about = words(_about(self.methods[self.first]))
+        self.forms = [build_form(each, name == self.first) for name, each in self.methods.items()]
         with gr.Row(elem_classes="candor-seed"):
             self.seed = gr.Textbox(
                 "",
                 label="Seed",
                 placeholder="new each run",
-                elem_id="seed",
+                elem_id=self._id("seed"),
                 scale=2,
                 min_width=120,
             )
-            self.again = gr.Button("Use last", size="sm", scale=1, min_width=80, elem_id="again")
+            self.again = gr.Button(
+                "Use last", size="sm", scale=1, min_width=80, elem_id=self._id("again")
+            )
 
     def _listen(self) -> None:
         shown = self.shown
         fields: set[Any] = {self.mode, self.system, self.prompt, self.prefix, self.method}
-        fields |= {self.seed, self.earlier, shown.run_id, shown.signal}
+        fields |= {self.seed, self.earlier, shown.run_id, shown.signal, *self.inputs.values()}
         fields |= {widget for form in self.forms for widget in form.widgets.values()}
         outputs = [*shown.outputs, self.go, self.halt, self.more]
-        self.go.click(self.start, fields, outputs, api_name="generate", **ENGINE)
+        self.go.click(self.start, fields, outputs, api_name=self.name, **ENGINE)
         shown.panel.select(
             self.fork, [shown.run_id, shown.signal], outputs, api_visibility="private", **ENGINE
         )
@@ -149,7 +203,7 @@ class GenerateTab:
         self.method.change(
             self.pick_method,
             [self.method, self.can_chat],
-            [self.about, self.mode, *groups],
+            [self.about, self.mode, *self.inputs.values(), *groups],
             **QUIET,
         )
         self.can_chat.change(
@@ -168,7 +222,7 @@ class GenerateTab:
                     form.method.name,
                     self._task(given),
                     form.values(given),
-                    seed=_seed(given[self.seed]),
+                    seed=read_seed(given[self.seed]),
                     model=self.ctx.choice(request.session_hash),
                     owner=request.username or "",
                 )
@@ -181,14 +235,8 @@ class GenerateTab:
         self, run_id: str, signal: str, event: gr.EventData, request: gr.Request
     ) -> Iterator[Outputs]:
         at = chosen(event)
-        if "fork" in at:
-            model = self.ctx.choice(request.session_hash)
-
-            def ask() -> Run:
-                job = fork_job(self.ctx, run_id, at["pos"], at["fork"], model)
-                return self.ctx.runner.submit(job)
-
-            updates = self.shown.run(ask, request, signal)
+        if "fork" in at or "ask" in at:
+            updates = self.shown.fork(run_id, signal, event, request)
             yield from self._with_buttons(updates, run_id)
 
     def stop(self, request: gr.Request) -> None:
@@ -216,8 +264,9 @@ class GenerateTab:
 
     def pick_method(self, name: str, can_chat: bool) -> list[Any]:
         picked = self.methods[name]
+        boxes = [gr.Textbox(visible=each in picked.card.takes) for each in self.inputs]
         groups = [gr.Column(visible=form.method.name == name) for form in self.forms]
-        return [_about(picked), picked.card.starts_as if can_chat else "raw", *groups]
+        return [_about(picked), picked.card.starts_as if can_chat else "raw", *boxes, *groups]
 
     def fit_model(self, can_chat: bool, method: str) -> list[Any]:
         """Offer what the model can: a text always, a chat where it has a template for one."""
@@ -235,10 +284,12 @@ class GenerateTab:
         return next((str(s.event.seed) for s in events if isinstance(s.event, RunStarted)), "")
 
     def _task(self, given: Mapping[Any, Any]) -> Task:
-        prompt, prefix = given[self.prompt], given[self.prefix]
-        if given[self.mode] == "raw":
-            return Task(prompt, prefix=prefix)
-        return Task(chat(prompt, given[self.system], given[self.earlier]), prefix=prefix)
+        prompt: str | tuple[Turn, ...] = given[self.prompt]
+        if given[self.mode] != "raw":
+            prompt = chat(given[self.prompt], given[self.system], given[self.earlier])
+        takes = self.methods[given[self.method]].card.takes
+        inputs = {name: given[box] for name, box in self.inputs.items() if name in takes}
+        return Task(prompt, prefix=given[self.prefix], inputs=inputs)
 
     def _earlier(self, past: tuple[Turn, ...]) -> Outputs:
         return {self.earlier: past, self.talk: turns.render(past)}
@@ -259,7 +310,8 @@ class GenerateTab:
         }
 
 
-def _seed(given: str | None) -> int | None:
+def read_seed(given: str | None) -> int | None:
+    """The seed as typed; None for an empty field. Raises: BadInput."""
     text = (given or "").strip()
     if not text:
         return None
