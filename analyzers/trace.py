@@ -103,8 +103,9 @@ class Lens(Event):
 
 @dataclass(frozen=True)
 class Scores(Event):
-    """One number for each of `over` (token positions, layers, heads, ...) at `pos`; over (pos,) is a
-    number of that token itself."""
+    """One number for each of `over` (token positions, layers, heads, ...) at `pos`.
+
+    Over (pos,) it is a number of that token itself."""
 
     pos: int
     name: str

@@ -373,12 +373,12 @@ def test_inputs_are_texts_or_files(call, tmp_path, monkeypatch):
     file = tmp_path / "passage.txt"
     file.write_text("Nairobi, since 1905.", encoding="utf-8")
     words = ["run", "exact_extract", "--prompt", "Where?"]
-    for given, passage in (
+    for text, passage in (
         ("Nairobi.", "Nairobi."),
         (f"@{file}", "Nairobi, since 1905."),
         ("@@home = 1", "@home = 1"),
     ):
-        assert job_of([*words, f"--input=passage={given}"]).task.inputs == {"passage": passage}
+        assert job_of([*words, f"--input=passage={text}"]).task.inputs == {"passage": passage}
     for bad, sentence in (
         ("passage", "--input takes name=value"),
         ("question=x", "There is no input 'question': exact_extract takes passage."),

@@ -1,4 +1,4 @@
-"""Answers side by side: differences are marked, costs are told, and nothing that was written runs."""
+"""Answers side by side: differences are marked, costs are told, nothing written is run."""
 
 import re
 

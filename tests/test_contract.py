@@ -24,14 +24,37 @@ TEXT = "The quick brown fox jumps over the lazy dog; twice. And then it sleeps."
 SMALL = {"max_new": 12, "temperature": 1.0}
 
 
+INPUTS = {"passage": "The dog sleeps in the sun. The fox is quick."}
+"""Something for everything that a method takes beside the prompt."""
+
+
 def task_for(method: Method, text: str = TEXT) -> Task:
-    return Task(chat(text) if method.card.starts_as == "chat" else text)
+    inputs = {name: INPUTS[name] for name in method.card.takes}
+    return Task(chat(text) if method.card.starts_as == "chat" else text, inputs=inputs)
 
 
 def small(method: Method) -> dict[str, object]:
     """Settings that keep a test short, those of them that the method has."""
     names = {row.name for row in knobs(method.params)}
     return {name: value for name, value in SMALL.items() if name in names}
+
+
+def routed() -> Engine:
+    """A tiny mixture of experts of its own."""
+    made = tiny.engine("mixtral")
+    made._ends = frozenset()
+    return made
+
+
+@pytest.fixture
+def tiny_engine(tiny_engine, method) -> Engine:
+    return routed() if "routing" in method.card.needs else tiny_engine
+
+
+@pytest.fixture
+def own_engine(own_engine, request) -> Engine:
+    method = request.getfixturevalue("method") if "method" in request.fixturenames else None
+    return routed() if method and "routing" in method.card.needs else own_engine
 
 
 def run_on(engine: Engine, method: Method, seed: int = 7, text: str = TEXT):

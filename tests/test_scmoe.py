@@ -106,7 +106,7 @@ def test_the_default_contrast_changes_the_text(moe):
     [
         ({}, DEFAULT, rank(2)),
         ({"strong": "top", "strong_k": 3, "weak": "top", "weak_k": 1}, top(3), top(1)),
-        ({"renormalise": "yes", "weak_k": 3}, DEFAULT, rank(3, True)),
+        ({"renormalise": "yes", "weak": "rank", "weak_k": 3}, DEFAULT, rank(3, True)),
         ({"renormalise": "no"}, DEFAULT, rank(2, False)),
     ],
 )
@@ -231,7 +231,7 @@ def test_a_single_expert_weighs_one_where_weights_are_renormalised(moe):
 @pytest.mark.parametrize(
     ("knobs", "why"),
     [
-        ({"weak_k": 5}, "rank-5 is not possible: the model has 4 experts"),
+        ({"weak": "rank", "weak_k": 5}, "rank-5 is not possible: the model has 4 experts"),
         ({"weak": "top", "weak_k": 9}, "top-9 is not possible: the model has 4 experts"),
         ({"weak": "random", "weak_k": 5}, "random-5 is not possible: the model has 4 experts"),
         ({"strong": "top", "strong_k": 6}, "top-6 is not possible: the model has 4 experts"),
@@ -283,7 +283,7 @@ def test_every_token_comes_with_its_readings_numbers_and_experts(moe):
 
 
 def test_the_divergence_is_that_of_the_whole_distributions(moe):
-    events, _ = go(moe, max_new=1, strong="top", strong_k=3, weak_k=4)
+    events, _ = go(moe, max_new=1, strong="top", strong_k=3, weak="rank", weak_k=4)
     prompt, size = moe.encode(TASK), moe.vocabulary.size
     p, q = (
         moe.step(
@@ -312,7 +312,7 @@ def test_router_entropy_is_that_of_the_routers_own_scores(moe):
 
 
 def test_the_metrics_are_those_of_the_routing_events(moe):
-    events, _ = go(moe, weak_k=3)
+    events, _ = go(moe, weak="rank", weak_k=3)
     strong, weak = (
         {(e.pos, e.layer): e.experts for e in kept(events, Routing) if e.label == label}
         for label in ("strong", "weak")
@@ -333,7 +333,7 @@ def test_the_metrics_are_those_of_the_routing_events(moe):
 
 def test_the_rank_map_reads_the_finished_text_under_every_rank(moe):
     """The rank of the weak reading has the divergence that was said while writing."""
-    events, _ = go(moe, rank_map=64, weak_k=2)  # as many as there are experts: 4
+    events, _ = go(moe, rank_map=64, weak="rank", weak_k=2)  # as many as there are experts: 4
     table = kept(events, Scores, "KL by rank")
     assert [e.pos for e in table] == [token.pos for token in surviving(events)]
     assert all(e.over == ("1", "2", "3", "4") and e.unit == "nats" for e in table)
@@ -395,3 +395,13 @@ def test_random_routing_does_not_depend_on_how_a_text_is_read(moe):
     both = Options(policy=(DEFAULT, random(1, 5)))
     batched = moe.step([other, piecewise], options=both)[1]
     torch.testing.assert_close(batched.raw, whole.raw, rtol=1e-4, atol=1e-4)
+
+
+def test_the_weak_reading_of_a_model_follows_the_papers_examples():
+    """Mixtral takes 2 experts, DeepSeekMoE 6, the mixture made from the default model 12."""
+    assert [scmoe.papers(used) for used in (1, 2, 6, 12)] == [
+        ("rank", 2),
+        ("rank", 2),
+        ("top", 2),
+        ("top", 4),
+    ]

@@ -44,7 +44,7 @@ CHAT = (
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Why is the sky blue?"},
 )
-START = RunStarted("sampling", MODEL, CHAT, (1, 2), {"temperature": 0.7, "stop": ["."]}, seed=7)
+START = RunStarted("sampling", MODEL, CHAT, (1, 2), {"temperature": 0.7, "stop": (".",)}, seed=7)
 
 
 def token(pos: int, text: str = " a", logprob: float | None = -0.5, **more: object) -> Token:
@@ -75,11 +75,11 @@ EVERY_KIND: tuple[Event, ...] = (
     Scores(2, "attention", "share", (0, 1, "head 2"), (0.5, 0.25, 0.25)),
     Routing(2, 0, (3, 5), (0.75, 0.25), label="weak"),
     DraftTree(2, (1, 2), ("a", "b"), (-1, 0), (-0.5, None), (None, -2.0), (0,), 5, "end", 1.5, 2.5),
-    SearchNode(0, None, "root", None, 0.5, 2.0, 1, "open", {"why": {"deep": [1]}}, ("j1",)),
+    SearchNode(0, None, "root", None, 0.5, 2.0, 1, "open", {"why": {"deep": (1,)}}, ("j1",)),
     Candidate("c1", "samples", "maybe", None),
     Judgement("j1", "c1", "self", 0.5, (0.0, 1.0, "better", True), "yes", 0.9, "since", 2, 3.5),
     Metric("loss", 3, 0.125, "nats"),
-    Artifact("blob-1", "probe", {"layers": [1, 2]}),
+    Artifact("blob-1", "probe", {"layers": (1, 2)}),
     Note("warning", "quotes \" ' ` and \\ and ${x} {{y}}"),
     LATER,
     Unknown("Hologram", {"lane": "main", "beams": [1, None, "x"], "deep": {"a": {}}}),
@@ -149,7 +149,7 @@ def test_a_run_is_listed_with_what_it_was_asked_and_how_it_ended(store):
     assert (run.parent, run.fork_pos, run.owner, run.versions) == (parent, 3, "me", {"torch": "2"})
     assert (run.method, run.model, run.identity) == ("sampling", "tiny", MODEL)
     assert (run.prompt, run.prompt_text) == (CHAT, "Why is the sky blue?")
-    assert (run.params, run.seed) == (START.params, 7)
+    assert (run.params, run.seed) == ({"temperature": 0.7, "stop": ["."]}, 7)
     assert (run.status, run.reason, run.seconds, run.tokens) == ("stopped", "you asked", 1.5, 4)
     assert run.output == " yes or no"
     assert run.mean_logprob == pytest.approx(-1.5)  # neither the undone nor the forced one

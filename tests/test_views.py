@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analyzers import registry
 from analyzers.trace import Event, Note, Rewind, RunEnded, RunStarted, Token, surviving
 from visualizations import (
     assets,
@@ -266,7 +267,8 @@ def test_no_view_runs_what_was_written(text: str):
         drawn,
         {"section", "h3", "span", "q", "i", "dl", "div", "dt", "dd", "b", "ol", "li", "u", "em",
          "button", "p"},
-        {"class", "style", "title", "type", "data-fork", "data-at", "aria-label", "disabled"},
+        {"class", "style", "title", "type", "data-fork", "data-at", "data-ask", "aria-label",
+         "disabled"},
     )  # fmt: skip
     assert all(re.fullmatch(r"width:[\d.]+%", a["style"]) for t, a in seen.tags if "style" in a)
     assert shown(text) in seen.text
@@ -311,12 +313,22 @@ def test_long_texts_are_clipped():
 def test_panel_offers_every_alternative_but_the_written():
     top = ((5, " a", math.log(0.5)), (7, " b", math.log(0.25)), (9, " c", math.log(0.1)))
     drawn = panel.render(token(12, " b", 0.25, top=top), "Token 3", True, "")
-    buttons = [a for tag, a in Seen(drawn).tags if tag == "button"]
+    buttons = [a for tag, a in Seen(drawn).tags if tag == "button" and "data-fork" in a]
     assert [(a["data-fork"], a["data-at"]) for a in buttons] == [("5", "12"), ("9", "12")]
     assert drawn.count('class="bar me"') == 1 and "width:25.0%" in drawn
     assert not any("disabled" in a for a in buttons)
     disabled = panel.render(token(12, " b", 0.25, top=top), "Token 3", False, "no model <here>")
-    assert disabled.count(" disabled>") == 2 and "no model &lt;here&gt;" in disabled
+    assert disabled.count(" disabled") == 2 + 2 and "no model &lt;here&gt;" in disabled
+
+
+def test_panel_asks_for_methods_that_look_at_the_token():
+    drawn = panel.render(token(12, " b", top=((7, " b", -0.5),)), "Token 12", True, "")
+    asks = [a for tag, a in Seen(drawn).tags if "data-ask" in a]
+    assert [(a["data-ask"], a["data-at"]) for a in asks] == [
+        ("attribution", "12"),
+        ("attention", "12"),
+    ]
+    assert {a["data-ask"] for a in asks} <= set(registry.methods())
 
 
 def test_panel_appends_a_written_token_outside_of_the_top():

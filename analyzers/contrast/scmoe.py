@@ -11,7 +11,8 @@ Differs from the source: both readings share one batch, in which every row is ro
         a family leaves the weights of the chosen as they are, a single expert keeps its own weight
         ("as the family"); the paper's weight of exactly 1 is "yes". Ranks count from 1 as in the
         paper; its code counts from 0. The divergence by rank leaves out what stood there before
-        the run.
+        the run. Which weak reading a model gets by itself follows the paper's two examples: the
+        second best expert where the model takes up to two, the best third where it takes more.
 """
 
 from collections import Counter, defaultdict
@@ -42,14 +43,17 @@ RENORMALISE = {"as the family": None, "yes": True, "no": False}
 
 @dataclass(frozen=True)
 class Params:
-    """Defaults: the paper's (beta and alpha of its code, rank 2 as for Mixtral); max_new,
-    threshold (the middle of the paper's .2 to .6) and rank_map are ours."""
+    """Defaults: the paper's (beta and alpha of its code; the weak reading of Mixtral, or that of
+    DeepSeekMoE); max_new, threshold (the middle of the paper's .2 to .6) and rank_map are ours."""
 
     beta: float = knob(0.5, "How strongly the weak reading is subtracted; 0 = not", lo=0, hi=4)
-    weak: Literal["rank", "top", "random", "dynamic"] = knob(
-        "rank", "Experts of the weak reading: the k-th best alone, the k best, k at random"
+    weak: Literal["paper", "rank", "top", "random", "dynamic"] = knob(
+        "paper",
+        "Experts of the weak reading: the second best alone where the model takes one or two, the "
+        "best third of what it takes where it takes more; or the k-th best alone, the k best, k at "
+        "random, by threshold",
     )
-    weak_k: int = knob(2, "The k of the weak reading", lo=1, hi=256)
+    weak_k: int = knob(2, "The k of the weak reading, not for paper", lo=1, hi=256)
     strong: Literal["default", "top", "dynamic"] = knob(
         "default", "Experts of the strong reading: as the model does, the k best, by threshold"
     )
@@ -116,8 +120,9 @@ def contrasted(
     ]
 
     def rule(steps: Sequence[Step]) -> Fused:
-        own, other = (step.logits for step in steps)
-        return fuse(own, ((1 + params.beta, own), (-params.beta, other)), params.alpha)
+        strong, weak = steps
+        terms = ((1 + params.beta, strong.raw), (-params.beta, weak.raw))
+        return fuse(strong.logits, terms, params.alpha)
 
     return branches, rule
 
@@ -125,10 +130,17 @@ def contrasted(
 def _policies(engine: Engine, params: Params, ctx: Context) -> tuple[Policy, Policy]:
     """The strong one and the weak one. Raises: BadParameter where the model cannot follow."""
     strong = _policy(params.strong, params.strong_k, params, ctx)
-    weak = _policy(params.weak, params.weak_k, params, ctx)
+    asked = (params.weak, params.weak_k) if params.weak != "paper" else papers(engine.experts_used)
+    weak = _policy(*asked, params, ctx)
     for policy in (strong, weak):
         policy.check(engine.experts)
     return strong, weak
+
+
+def papers(used: int) -> tuple[str, int]:
+    """The weak reading of a model that takes so many experts: rank 2 as for Mixtral, which takes 2;
+    the best third as for DeepSeekMoE, which takes 6 and is searched over 1 to 3."""
+    return ("rank", 2) if used <= 2 else ("top", used // 3)
 
 
 def _policy(kind: str, k: int, params: Params, ctx: Context) -> Policy:

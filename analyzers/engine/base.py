@@ -15,7 +15,7 @@ from analyzers.engine.cache import GrowingLayer, Past, Spare, StatePast
 from analyzers.engine.flat import Flat
 from analyzers.engine.masks import Mask
 from analyzers.engine.passes import Pass, Passes
-from analyzers.engine.routing import experts_in
+from analyzers.engine.routing import experts_in, experts_used_in
 from analyzers.engine.text import Vocabulary, encodable
 from analyzers.engine.values import PLAIN, Cursor, Options
 from analyzers.errors import BadInput, ModelBroken, ModelLacks, OutOfContext
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 class Base:
     """`identity` names the model, `context` is its window in tokens, `layers` counts its blocks,
-    `experts` those that each router chooses from (0 for a dense model).
+    `experts` those that each router chooses from and `experts_used` those that it takes (0 for a
+    dense model).
 
     `poll` is called before every pass and may raise Stopped; `progress(done, total)` hears of long
     prefills. Both belong to the caller that drives the run. `cost`: what passes cost on this
@@ -53,6 +54,7 @@ class Base:
         self._ends = _end_ids(model, tokenizer)
         self._parts = parts(model)
         self.experts = experts_in(model.config) if self._parts.routers else 0
+        self.experts_used = experts_used_in(model.config) if self._parts.routers else 0
         self._passes = Passes(model, self._parts)
         self._flat = Flat.of(model, self._parts)
         self._spare = Spare()

@@ -109,6 +109,11 @@ def experts_in(config: PreTrainedConfig) -> int:
     return next((int(count) for name in names if (count := getattr(config, name, None))), 0)
 
 
+def experts_used_in(config: PreTrainedConfig) -> int:
+    """How many experts each router takes by itself; 0 for a dense model."""
+    return int(getattr(config, "num_experts_per_tok", None) or 0)
+
+
 def reroute(
     router: nn.Module,
     config: PreTrainedConfig,

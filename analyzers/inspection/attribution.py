@@ -11,8 +11,8 @@ Differs from the source: the path is sampled at the middles of equal steps, as c
         its default rule puts most of its points next to the two ends, where normalised language
         models turn sharply. The first token and special ones stay in the baseline unless told
         otherwise: models rest their attention on them, and without them the path is too rough to
-        add up; they get no share then. The embeddings of a target's own earlier tokens stay as they are. Gradient x input knows no
-        baseline but zero.
+        add up; they get no share then. The embeddings of a target's own earlier tokens stay as they
+        are. Gradient x input knows no baseline but zero.
 """
 
 from collections.abc import Callable, Generator
@@ -49,10 +49,10 @@ Objective = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Params:
-    """Steps: Sundararajan et al. find 20 to 300 enough. Baseline and what stays are ours. How far 20
-    steps miss the change, default model in float32: "The capital of France is" from the mean 1 %,
-    from zero 14 %, and 38 % and 40 % if all is replaced; a chat prompt of 43 tokens from the mean
-    13 %, and 680 % if only its first token stays."""
+    """Steps: Sundararajan et al. find 20 to 300 enough. Baseline and what stays are ours. How far
+    20 steps miss the change, default model in float32: for "The capital of France is" from the mean
+    1 %, from zero 14 %, and 38 % and 40 % if all is replaced; for a chat prompt of 43 tokens from
+    the mean 13 %, and 680 % if only its first token stays."""
 
     method: Literal["integrated gradients", "gradient x input", "occlusion"] = knob(
         "integrated gradients", "How the shares are found; occlusion needs no gradients"
