@@ -17,7 +17,8 @@ Need = Literal[
 class Card:
     """title: for the page. source: paper and reference. takes: named inputs beside the prompt.
     needs: what the method asks of an engine, in the words of `Engine.can`. starts_as: the kind of
-    prompt it is usually given; both always work."""
+    prompt it is usually given; both always work. example: a prompt that shows what it does, where
+    the tab's own first prompt does not."""
 
     title: str
     family: Family
@@ -26,3 +27,4 @@ class Card:
     needs: tuple[Need, ...] = ("logits",)
     takes: tuple[str, ...] = ()
     starts_as: Literal["chat", "raw"] = "chat"
+    example: str = ""

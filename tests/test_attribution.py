@@ -19,6 +19,7 @@ TEXT = "The quick brown fox"
 
 def explain(engine: Engine, task: Task | str = TEXT, **knobs) -> list[Event]:
     task = Task(task) if isinstance(task, str) else task
+    knobs = {"method": "integrated gradients"} | knobs
     with torch.inference_mode():  # as the runner does
         return list(attribution.run(engine, task, Params(**knobs), Context(1)))
 
@@ -67,7 +68,7 @@ def test_what_does_not_add_up_is_said(tiny_engine):
     found = metrics(events)
     assert found["relative completeness error"] > 0.05
     (note,) = [event for event in events if isinstance(event, Note)]
-    assert note.level == "warning" and "occlusion" in note.text
+    assert note.level == "warning" and "Occlusion" in note.text
     assert f"{found['relative completeness error']:.0%}" in note.text
 
 
@@ -242,6 +243,16 @@ def test_weights_without_gradients_are_named_and_occlusion_still_works(own_engin
     with pytest.raises(ModelLacks, match=r"no gradients .*no derivative of 4 bits"):
         explain(own_engine)
     assert any(scores(explain(own_engine, method="occlusion")).values)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4_bit_weights_on_a_cpu_have_no_gradients(kind):
+    """bitsandbytes would give wrong ones, with a warning that appears once."""
+    engine = tiny.engine()
+    engine.identity = {**engine.identity, "quantization": kind}
+    with pytest.raises(ModelLacks, match=rf"no gradients .*{kind} on a CPU"):
+        explain(engine)
+    assert any(scores(explain(engine, method="occlusion")).values)
 
 
 def test_the_default_model_says_paris_because_of_france(smollm):

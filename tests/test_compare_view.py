@@ -26,7 +26,7 @@ def test_only_what_is_not_in_the_reference_differs():
     assert differing(reference, []) == {0, 1, 2, 3, 4}
 
 
-def test_differences_are_underlined_and_the_first_answer_is_not():
+def test_differences_are_marked_and_the_first_answer_is_not():
     first, second = Lane("a", answer("x", " y")), Lane("b", answer("x", " z"))
     assert "x-compare-new" not in compare.text(first)
     assert compare.text(second, first).count("x-compare-new") == 1

@@ -130,7 +130,7 @@ def _numbers(found: _Found) -> str:
     relative = found.metrics.get("relative completeness error", 0.0)
     promised = found.method == "integrated gradients"
     about = (
-        "completeness error: what the sum misses the change by; it nears 0 with more steps"
+        "completeness error: what the sum misses the change by, 0 on a path followed exactly"
         if promised
         else "this method does not promise that its numbers add up to the change"
     )

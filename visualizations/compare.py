@@ -37,7 +37,7 @@ def differing(tokens: Sequence[Token], reference: Sequence[Token]) -> frozenset[
 
 
 def text(lane: Lane, reference: Lane | None = None, choosable: bool = True) -> str:
-    """The tinted tokens; those that the reference does not have are underlined."""
+    """The tinted tokens; those that the reference does not have carry a line above them."""
     tokens = lane.tokens
     marked = differing(tokens, reference.tokens) if reference else frozenset()
     return "".join(
@@ -72,7 +72,7 @@ def table(lanes: Sequence[Lane]) -> str:
         '<p class="note">Log-probability, perplexity and entropy are of the model’s own '
         "distribution (temperature 1, no filters, no contrast): higher log-probability, lower "
         f"perplexity and lower entropy = surer. Differs: share of tokens that {_first(lanes)} "
-        "does not have. Time counts only the answer’s own turns.</p>"
+        "does not have; they carry a line above. Time counts only the answer’s own turns.</p>"
     )
 
 

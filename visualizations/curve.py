@@ -82,8 +82,11 @@ def _layout(signal: Signal, theme: Theme, values: list[float | None]) -> dict[st
         y = {"range": [-0.04 * max(top, 1.0), 1.25 * max(top, 1.0)], "nticks": 4}
     unit = f" ({signal.unit})" if signal.unit else ""
     edge = max(0.6, 0.012 * len(values))
+    few = {"dtick": 1} if len(values) < 12 else {}
     return layout(theme) | {
-        "xaxis": axis("token of the answer", showgrid=False, range=[1 - edge, len(values) + edge]),
+        "xaxis": axis(
+            "token of the answer", showgrid=False, range=[1 - edge, len(values) + edge], **few
+        ),
         "yaxis": axis(signal.label.lower() + unit, **y),
     }
 

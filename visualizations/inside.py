@@ -2,7 +2,8 @@
 
 A view is a module with TITLE, DRAWS (the kinds it reads), `fits(events)` and `render(events)`; it
 may have `figures(events)`, charts below its HTML, and `detail(events, pos, row)`, what it knows of
-one token for the panel at the side. A new view is a line in VIEWS.
+one token for the panel at the side. SHOWS_LANES says that it shows the other lanes itself. A new
+view is a line in VIEWS.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,9 @@ LIVE = lens
 def fitting(events: Sequence[Event]) -> list[ModuleType]:
     """The views that have something to draw."""
     kinds = {type(event) for event in events}
-    return [view for view in VIEWS if kinds & set(view.DRAWS) and view.fits(events)]
+    found = [view for view in VIEWS if kinds & set(view.DRAWS) and view.fits(events)]
+    shown = any(getattr(view, "SHOWS_LANES", False) for view in found)
+    return [view for view in found if view is not lanes] if shown else found
 
 
 def render(events: Sequence[Event]) -> str:

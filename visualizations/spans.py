@@ -8,6 +8,7 @@ from analyzers.trace import Candidate, Event, Metric, Scores, Token, surviving
 from visualizations.text import counted, escape, number, percent, spaced
 
 TITLE = "The most probable span"
+SHOWS_LANES = True  # the greedy answer stands in this view
 DRAWS: tuple[type[Event], ...] = (Candidate, Token, Scores, Metric)
 
 _LEVELS = 5

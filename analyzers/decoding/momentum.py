@@ -32,6 +32,7 @@ CARD = Card(
     source="Lan et al. 2022, arXiv:2212.02175; github.com/gmftbyGMFTBY/MomentumDecoding",
     emits=(Token, Scores, Metric),
     starts_as="raw",
+    example="The best thing about living near the sea is",
 )
 LONGEST = 5
 """Of a path that is looked up, in tokens."""

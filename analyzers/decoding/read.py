@@ -22,6 +22,7 @@ CARD = Card(
     emits=(Token, Note),
     needs=("logits",),
     starts_as="raw",
+    example="The capital of Kenya is Nairobi, and the capital of France is Nairobi, too.",
 )
 
 

@@ -39,6 +39,7 @@ CARD = Card(
     emits=(Candidate, Scores, Lens, Metric, Token, Note),
     needs=("logits", "layers", "tree"),
     starts_as="raw",
+    example="The best thing about living near the sea is",
 )
 
 # Number of drafts -> alpha and temperature, from the source's parameter files.

@@ -222,6 +222,7 @@ class Looking(Writing):
             raise BadInput("There is nothing to differentiate: not one token.")
         self._check_ids(ids)
         self._check_room(len(ids))
+        self._check_differentiable()
         self.poll()
         with torch.inference_mode(False), torch.enable_grad():
             start = self.embeddings(ids) if inputs is None else inputs
@@ -262,6 +263,7 @@ class Looking(Writing):
         around a yield of a method.
 
         Raises: ModelLacks where the weights cannot be differentiated."""
+        self._check_differentiable()
         with torch.inference_mode(False), torch.enable_grad():
             try:
                 yield
@@ -274,6 +276,12 @@ class Looking(Writing):
         if not found.isfinite().all():
             raise self._where_broken(ids, None)
         return found
+
+    def _check_differentiable(self) -> None:
+        kind = self.identity.get("quantization")
+        if kind in ("nf4", "fp4") and self._device.type == "cpu":
+            # bitsandbytes 0.50 loses them in its product there, with no more than a warning.
+            raise self._no_gradients(NotImplementedError(f"{kind} on a CPU"))
 
     def _no_gradients(self, error: Exception) -> ModelLacks:
         return ModelLacks(f"{self.identity['name']} has no gradients in this precision ({error}).")

@@ -28,14 +28,14 @@ CARD = Card(
     emits=(Token, Scores, Note),
     needs=("logits", "attention"),
     starts_as="raw",
+    example="The capital of France is",
 )
 
 KEPT = 256
 """Positions that are kept of a longer text."""
 DIGITS = 4
 LEAST = 0.001
-"""Of a single head, what looks less than this is left out: most of the numbers, a few percent of
-the weight."""
+"""Smaller shares of a single head are left out: a text has one for each layer, head and token."""
 
 
 @dataclass(frozen=True)

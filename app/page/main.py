@@ -39,7 +39,7 @@ ASKING = (
         "layers",
         ("inspection", "contrast"),
         "logit_lens",
-        "Is it dangerous to swallow chewing gum?",
+        ask.OPEN_PROMPT,
     ),
 )
 """The tabs that ask, in their order."""

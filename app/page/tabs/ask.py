@@ -24,6 +24,8 @@ from visualizations import status, turns
 from visualizations.text import escape
 
 FIRST_PROMPT = "What is the capital of Kenya, and since when?"
+OPEN_PROMPT = "Is it dangerous to swallow chewing gum?"
+"""One that several answers fit, so that a method can change the answer."""
 FIRST_INPUTS = {
     "passage": "Mombasa was the first capital of the East Africa Protectorate. In 1905 the British "
     "moved their administration up the railway to Nairobi, a depot in a cool swamp, and Nairobi "
@@ -202,8 +204,8 @@ class AskTab:
         groups = [form.group for form in self.forms]
         self.method.change(
             self.pick_method,
-            [self.method, self.can_chat],
-            [self.about, self.mode, *self.inputs.values(), *groups],
+            [self.method, self.can_chat, self.prompt],
+            [self.about, self.mode, self.prompt, *self.inputs.values(), *groups],
             **QUIET,
         )
         self.can_chat.change(
@@ -262,11 +264,15 @@ class AskTab:
         asked = past[at - 1]["content"]
         return self._earlier(past[: at - 1]) | {self.prompt: asked, self.prefix: turn["content"]}
 
-    def pick_method(self, name: str, can_chat: bool) -> list[Any]:
+    def pick_method(self, name: str, can_chat: bool, prompt: str) -> list[Any]:
+        """An example that nobody has changed makes room for that of the method."""
         picked = self.methods[name]
+        examples = {self.asking.prompt, *(each.card.example for each in self.methods.values())}
+        asked = (picked.card.example or self.asking.prompt) if prompt in examples else prompt
         boxes = [gr.Textbox(visible=each in picked.card.takes) for each in self.inputs]
         groups = [gr.Column(visible=form.method.name == name) for form in self.forms]
-        return [_about(picked), picked.card.starts_as if can_chat else "raw", *boxes, *groups]
+        kind = picked.card.starts_as if can_chat else "raw"
+        return [_about(picked), kind, asked, *boxes, *groups]
 
     def fit_model(self, can_chat: bool, method: str) -> list[Any]:
         """Offer what the model can: a text always, a chat where it has a template for one."""

@@ -15,7 +15,7 @@ from analyzers.trace import Event, RunEnded, RunStarted
 from app.page.context import PageContext
 from app.page.forms import Form, build_form
 from app.page.run_view import PICK_SIGNAL, Outputs, token_panel
-from app.page.tabs.ask import FIRST_PROMPT, MODES, read_seed
+from app.page.tabs.ask import MODES, OPEN_PROMPT, read_seed
 from app.page.widgets import ENGINE, QUIET, chosen, growing, view, words
 from app.runner import Job, Run, Together, Update
 from visualizations import compare, legend, panel, status, tokens
@@ -67,7 +67,7 @@ class CompareTab:
             elem_id="compare-mode",
         )
         self.prompt = gr.Textbox(
-            FIRST_PROMPT,
+            OPEN_PROMPT,
             label="Prompt (Ctrl + Enter runs)",
             lines=3,
             max_lines=12,
