@@ -74,8 +74,14 @@ def page(served, browser) -> Iterator[Page]:
 def ask(page: Page, prompt: str, *, tokens: int = 12, seed: int = 7) -> None:
     page.locator("#generate-prompt textarea").fill(prompt)
     page.locator("#generate-seed").locator("input, textarea").fill(str(seed))
-    page.get_by_label("number input for Max new (tokens)").first.fill(str(tokens))
-    page.get_by_label("number input for Max new (tokens)").first.press("Tab")
+    set_length(page, tokens)
+
+
+def set_length(page: Page, tokens: int) -> None:
+    """In the form that is shown."""
+    box = page.get_by_label("number input for Max new (tokens)").locator("visible=true").first
+    box.fill(str(tokens))
+    box.press("Tab")
 
 
 def run(page: Page) -> None:
@@ -411,3 +417,68 @@ def test_nothing_overflows_light_or_dark_wide_or_narrow(page, width, dark, tmp_p
     back = page.evaluate("getComputedStyle(document.querySelector('gradio-app')).backgroundColor")
     level = sum(map(int, re.findall(r"\d+", back)[:3]))  # of 765
     assert (level < 200) if dark else (level > 600)
+
+
+# Inside a run, and beside another
+
+
+def pick(page: Page, box: str, title: str) -> None:
+    page.locator(f"#{box}").get_by_role("combobox").click()
+    page.get_by_role("option", name=title).first.click()
+
+
+def test_every_layer_is_read_while_the_text_streams_and_opens_at_a_click(page, served):
+    page.get_by_role("tab", name="Layers & experts").click()
+    set_length(page, 10)
+    page.locator("#layers-run").click()
+    expect(page.locator("#layers-state")).to_contain_text("Done")
+    row, events = newest(served[0])
+    written = surviving(events)
+    assert row.method == "logit_lens" and len(written) == 10
+    cells = page.locator("#layers-lens [data-row]")
+    expect(cells).to_have_count(10 * 31)
+    cells.first.click()
+    panel = page.locator("#layers-panel")
+    expect(panel).to_contain_text("Layer ")
+    expect(panel).to_contain_text(f"Token {written[0].pos}")
+    panel.locator("[data-ask=attention]").click()
+    expect(page.locator("#layers-inside")).to_contain_text("Where it looked")
+    expect(page.locator("#layers-inside .main-svg").first).to_be_visible()
+    looked = newest(served[0])[0]
+    assert (looked.method, looked.parent, looked.fork_pos) == ("attention", row.id, written[0].pos)
+
+
+def test_answers_are_written_side_by_side_and_compared_again_later(page, served):
+    ctx = served[0]
+    page.get_by_role("tab", name="Compare").click()
+    pick(page, "compare-method-2", "–")
+    page.get_by_role("button", name="Settings").first.click()
+    set_length(page, 8)
+    page.locator("#compare-run").click()
+    expect(page.locator("#compare-state")).to_contain_text("each saved as a run of its own")
+    table = page.locator("#compare-table")
+    expect(table.locator("tr")).to_have_count(3)
+    expect(page.locator("#compare-name-0")).to_contain_text("Sampling · temperature 0")
+    ids = [run.id for run in ctx.store.runs(limit=2)]
+    assert {ctx.store.run(id).params["temperature"] for id in ids} == {0.0, 0.7}
+    page.locator("#compare-text-1 .t").first.click()
+    expect(page.locator("#compare-panel")).to_contain_text("open this run in History")
+    page.get_by_role("tab", name="History").click()
+    for id in ids:
+        page.locator(f'#runs [data-pick="{id}"]').check()
+    page.locator("#compare-ticked").click()
+    expect(page.locator("#compare-text-0 .t").first).to_be_visible()
+    expect(table.locator("tr")).to_have_count(3)
+
+
+def test_a_passage_is_asked_for_where_a_method_needs_one(page):
+    expect(page.locator("#generate-passage")).to_be_hidden()
+    pick(page, "generate-method", "Exact extraction")
+    page.locator("#generate-passage textarea").fill("  ")
+    page.locator("#generate-run").click()
+    expect(page.locator("#generate-state")).to_contain_text("needs a passage")
+    page.locator("#generate-passage textarea").fill("The station in Gorlitz opened in 1847.")
+    page.locator("#generate-prompt textarea").fill("When did the station open?")
+    page.locator("#generate-run").click()
+    expect(page.locator("#generate-inside")).to_contain_text("The most probable span")
+    expect(page.locator("#generate-state")).to_contain_text("Done")

@@ -178,10 +178,25 @@ def test_a_model_without_chat_template_turns_the_prompt_into_text(bar):
     mode, hint = tab.fit_model(False, "sampling")
     assert mode.value == "raw" and [value for _, value in mode.choices] == ["raw"]
     assert hint.visible
-    assert tab.pick_method("sampling", False)[1] == "raw"
-    assert tab.pick_method("sampling", True)[1] == "chat"
+    assert tab.pick_method("sampling", False, "mine")[1:3] == ["raw", "mine"]
+    assert tab.pick_method("sampling", True, "mine")[1:3] == ["chat", "mine"]
     mode, hint = tab.fit_model(True, "sampling")
     assert mode.value == "chat" and len(mode.choices) == 2 and not hint.visible
+
+
+def test_an_example_gives_way_to_that_of_the_method_and_ones_own_prompt_stays(bar):
+    with gr.Blocks():
+        tab = AskTab(bar.ctx, gr.State(True), ASKING[0])
+    example = tab.methods["momentum"].card.example
+    assert example and tab.pick_method("momentum", True, tab.asking.prompt)[2] == example
+    assert tab.pick_method("sampling", True, example)[2] == tab.asking.prompt
+    assert tab.pick_method("momentum", True, "My own words")[2] == "My own words"
+    passage = tab.inputs["passage"]
+    shown = {
+        name: tab.pick_method(name, True, "x")[3 + list(tab.inputs.values()).index(passage)].visible
+        for name in ("exact_extract", "sampling")
+    }
+    assert shown == {"exact_extract": True, "sampling": False}
 
 
 def test_models_in_memory_are_used_and_unloaded(bar):
