@@ -157,9 +157,11 @@ def _models() -> Findings:
     found = {model.name: model for model in builtin.cached(folder)}
     for name, model in builtin.MODELS.items():
         if name not in found:
-            size = f"{model.download / 1e6:.0f} MB"
             terms = f"; {model.terms}" if model.terms else ""
-            yield f"{name} is not here yet; its first use downloads {size}{terms}", None
+            first = f"downloads {model.download / 1e6:.0f} MB"
+            if isinstance(model, builtin.Carved):
+                first = f"makes it from {model.made_from}, in about a minute"
+            yield f"{name} is not here yet; its first use {first}{terms}", None
         elif found[name].intact:
             yield f"{name}, {found[name].size / 1e6:.0f} MB, is ready", True
         else:

@@ -416,3 +416,18 @@ def test_broken_weights_name_the_layer():
     ):
         with pytest.raises(ModelBroken, match="layer 2 of 3"):
             call()
+
+
+def test_exits_are_the_readouts_of_their_layers(any_engine):
+    """In one product with the model's own logits, or after it: the same numbers."""
+    ids = any_engine.tokens("The quick brown fox")
+    with torch.inference_mode():
+        plain = any_engine.step(any_engine.prefill(ids), taps=(1, 2))
+        step = any_engine.step(any_engine.prefill(ids), exits=(2, 1))
+        assert list(step.exits) == [2, 1] and plain.exits == {}
+        torch.testing.assert_close(step.raw, plain.raw, atol=1e-4, rtol=1e-4)
+        for layer in (1, 2):
+            expected = any_engine.unembed(plain.hidden[layer])
+            torch.testing.assert_close(step.exits[layer], expected, atol=1e-3, rtol=1e-4)
+        many = any_engine.step([any_engine.prefill(ids), any_engine.prefill(ids[:3])], exits=(1,))
+        torch.testing.assert_close(many[0].exits[1], step.exits[1], atol=1e-3, rtol=1e-4)

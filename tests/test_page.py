@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
+from analyzers.engine.sources import Listed
 from analyzers.errors import BadInput, ModelNotFound, Stopped
 from app.page import main, model_bar, theme
 from app.page.context import PageContext
@@ -225,8 +226,9 @@ def test_the_page_asks_again_until_the_cost_is_known(bar):
 
 
 def test_what_is_needed_is_foreseen_and_nothing_is_fetched(bar, monkeypatch):
-    listed = SimpleNamespace(ref="far", title="Far", ready=False, size=240_000_000)
-    monkeypatch.setattr(model_bar.sources, "listed", lambda: [listed])
+    far = Listed("far", "Far", "builtin", False, 240_000_000)
+    made = Listed("made", "Made", "builtin", False, 0, about="A demonstration <here>.")
+    monkeypatch.setattr(model_bar.sources, "listed", lambda: [far, made])
     monkeypatch.setattr(model_bar.sources, "find", lambda ref: ref if ref == "near" else None)
     plan = SimpleNamespace(quantization="int8", dtype="x", device="cpu", weights=162e6, peak=170e6)
     monkeypatch.setattr(model_bar.memory, "plan", lambda source, *how: plan)
@@ -235,3 +237,6 @@ def test_what_is_needed_is_foreseen_and_nothing_is_fetched(bar, monkeypatch):
     assert "fetched first, once: 240 MB" in bar.foresee(form(bar, "far"))
     assert "Not on this computer" in bar.foresee(form(bar, "org/unknown"))
     assert ("Far · fetched on demand, 240 MB", "far") in model_bar._choices("near")
+    assert ("Made · made on demand", "made") in model_bar._choices("near")
+    told = bar.foresee(form(bar, "made"))
+    assert "A demonstration &lt;here&gt;." in told and "made from what is here first" in told

@@ -33,12 +33,17 @@ def download(size: int) -> str:
     return _line("", f"is fetched first, once: {human_size(size)}")
 
 
+def made() -> str:
+    return _line("", "is made from what is here first, once: about a minute")
+
+
 def hint(sentence: str) -> str:
     return _line("", escape(sentence))
 
 
 def _row(key: str, model: Mapping[str, Any], mine: bool) -> str:
     name = str(model["name"])
+    about = f'<p class="note">{escape(model["about"])}</p>' if model.get("about") else ""
     first = (
         '<span class="used">in use</span>'
         if mine
@@ -49,7 +54,7 @@ def _row(key: str, model: Mapping[str, Any], mine: bool) -> str:
         f"<small>{weights(model)}</small></span>{first}"
         f'<button type="button" data-measure="{escape(key)}" title="What a token costs: measure '
         f'it again, when nothing else runs on this machine">Measure</button>'
-        f'<button type="button" data-unload="{escape(key)}">Unload</button></li>'
+        f'<button type="button" data-unload="{escape(key)}">Unload</button>{about}</li>'
     )
 
 

@@ -34,14 +34,16 @@ MASKED = -1000.0
 
 @dataclass(eq=False)
 class Branch:
-    """One way of reading the answer. taps: layers whose states the rule needs. options: of its next
-    step; a rule may change them."""
+    """One way of reading the answer. taps: layers whose states the rule needs. exits: those of them
+    that it reads with the final norm, as if they were the last. options: of its next step; a rule
+    may change them."""
 
     name: str
     engine: Engine
     cursor: Cursor
     options: Options = PLAIN
     taps: tuple[int, ...] = ()
+    exits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,17 +126,20 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def jsd(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Jensen-Shannon divergence in nats of the distributions with these logits (..., vocab):
     (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; 0 = equal, ln 2 = nothing in common."""
-    # The sum of p log p and q log q less that of m log m: few passes, and one logarithm.
-    log_p, log_q = p.log_softmax(-1).clamp_min(NEVER), q.log_softmax(-1).clamp_min(NEVER)
-    p, q = log_p.exp(), log_q.exp()
-    m = (p + q) / 2
-    own = (p * log_p + q * log_q) / 2
-    return (own - m * m.log()).sum(-1).clamp_min(0.0)
+    # The sum of p log p and q log q less that of m log m. In place, and without products of whole
+    # rows: new temporaries of this size are what takes the time.
+    log_p, log_q = p.log_softmax(-1).clamp_(min=NEVER), q.log_softmax(-1).clamp_(min=NEVER)
+    p, q = torch.broadcast_tensors(log_p.exp(), log_q.exp())
+    own = torch.linalg.vecdot(p, log_p) + torch.linalg.vecdot(q, log_q)
+    m = (p + q).div_(2)
+    return (own / 2 - torch.linalg.vecdot(m, m.log())).clamp_min(0.0)
 
 
 def early(engine: Engine, step: Step, layers: Sequence[int], *, norm: bool = True) -> torch.Tensor:
     """Logits (layers + 1, vocab) of a step that tapped `layers`, as if each were the last one; the
     last row is the model's own. norm: whether the final norm comes before the head."""
+    if norm and step.exits:
+        return torch.stack([*(step.exits[layer] for layer in layers), step.raw])
     hidden = torch.stack([step.hidden[layer] for layer in layers])
     return torch.cat([engine.unembed(hidden, norm=norm), step.raw[None]])
 
@@ -210,7 +215,9 @@ def step_all(branches: Sequence[Branch], together: bool = True) -> list[Step]:
         )
     else:
         steps = [
-            branch.engine.step(branch.cursor, taps=branch.taps, options=branch.options)
+            branch.engine.step(
+                branch.cursor, taps=branch.taps, exits=branch.exits, options=branch.options
+            )
             for branch in branches
         ]
     _check_vocabularies(branches, [len(step.raw) for step in steps])
@@ -254,7 +261,7 @@ def table(at: At) -> Lens:
     return Lens(
         pos=at.token.pos,
         rows=names,
-        top=tuple(alternatives(at.branches[0].engine, row) for row in rows),
+        top=alternatives(at.branches[0].engine, rows),
         scores=tuple(round(value, DIGITS) for value in rows[:, at.token.id].tolist()),
         name="branches",
         measure=LOGPROB,
@@ -268,7 +275,7 @@ def layers(at: At) -> Lens:
     return Lens(
         pos=at.token.pos,
         rows=tuple(map(str, exits.layers)),
-        top=tuple(alternatives(at.branches[0].engine, row) for row in exits.logits.log_softmax(-1)),
+        top=alternatives(at.branches[0].engine, exits.logits.log_softmax(-1)),
         scores=tuple(round(value, DIGITS) for value in exits.scores),
         picked=at.fused.picked,
         measure=exits.measure,
@@ -280,13 +287,17 @@ def number(pos: int, name: str, unit: str, value: float) -> Scores:
     return Scores(pos, name, unit, (pos,), (round(value, DIGITS),))
 
 
-def alternatives(engine: Engine, logprobs: torch.Tensor) -> tuple[Alternative, ...]:
-    """The ten likeliest tokens of a distribution (vocab,), those that are possible at all."""
-    values, ids = logprobs[: engine.vocabulary.size].topk(min(TOP, engine.vocabulary.size))
+def alternatives(engine: Engine, logprobs: torch.Tensor) -> tuple[tuple[Alternative, ...], ...]:
+    """The ten likeliest tokens of each distribution (rows, vocab), those possible at all."""
+    size = engine.vocabulary.size
+    found = logprobs[:, :size].topk(min(TOP, size))
     return tuple(
-        (id, engine.vocabulary.display(id), round(value, DIGITS))
-        for id, value in zip(ids.tolist(), values.tolist(), strict=True)
-        if math.isfinite(value)
+        tuple(
+            (id, engine.vocabulary.display(id), round(value, DIGITS))
+            for id, value in zip(ids, values, strict=True)
+            if math.isfinite(value)
+        )
+        for ids, values in zip(found.indices.tolist(), found.values.tolist(), strict=True)
     )
 
 

@@ -98,7 +98,8 @@ def contrasted(
 ) -> tuple[list[Branch], Rule]:
     """One branch, whose own lower layers are the other side: lsm(final) - lsm(layer)."""
     layers = candidates(engine.layers, params)
-    branch = Branch("final", engine, ctx.begin(engine, engine.encode(task)), taps=layers)
+    cursor = ctx.begin(engine, engine.encode(task))
+    branch = Branch("final", engine, cursor, taps=layers, exits=layers if params.norm else ())
 
     def rule(steps: Sequence[Step]) -> Fused:
         (step,) = steps

@@ -271,7 +271,7 @@ def _told(
     yield Lens(
         pos,
         ("one pass",),
-        (alternatives(engine, logprobs),),
+        alternatives(engine, logprobs[None]),
         (round(entropy, DIGITS),),
         name="one pass",
         measure="entropy, nats",

@@ -68,9 +68,10 @@ class Flat:
         return cls(model, parts)
 
     def step(
-        self, id: int, past: Past, taps: Collection[int] = ()
+        self, id: int, past: Past, taps: Collection[int] = (), exits: Collection[int] = ()
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Compute one token behind `past`: logits (vocab,) and layer -> (d_model,) of the taps."""
+        """Compute one token behind `past`: logits (exits + 1, vocab), those of the model last, and
+        layer -> (d_model,) of the taps, which have the exits among them."""
         pos = past.length()
         x = self._embed(torch.tensor([id], device=self._device))
         cos, sin = self._rotary(x, torch.tensor([[pos]], device=self._device))
@@ -80,7 +81,9 @@ class Flat:
             x = _through(block, layer, x, cos, sin)
             if index + 1 in taps:
                 hidden[index + 1] = x[0]
-        return self._readout(x)[0], hidden
+        if exits:  # one product for all: the head's weights are read from memory once
+            x = torch.stack([*(hidden[layer] for layer in exits), x[0]])
+        return self._readout(x), hidden
 
 
 def _through(

@@ -76,28 +76,31 @@ class Looking(Writing):
         self._check_ids(ids)
         size = self.vocabulary.size
         logits = self._parts.readout(hidden.to(self.model.dtype))
+        # Two buffers for all rows: new temporaries of this size are what takes the time.
+        shape = min(SOFTMAX_ROWS, hidden.shape[1]), logits.shape[-1]
+        values, logs = (torch.empty(shape, device=logits.device) for _ in range(2))
         top, numbers = [], []
         for id, rows in zip(ids, logits, strict=True):
             last = rows[-1].float().log_softmax(-1)
             p = last.exp()
             for some in rows.split(SOFTMAX_ROWS):
-                logprobs = some.float().log_softmax(-1)
-                written = logprobs[:, id]
-                ranks = (logprobs > written[:, None]).sum(-1) + 1
-                entropies = -torch.linalg.vecdot(logprobs.exp(), logprobs)
+                value, logprobs = values[: len(some)], logs[: len(some)]
+                torch.log_softmax(value.copy_(some), -1, out=logprobs)
+                written = logprobs[:, id].clone()
+                entropies = -torch.linalg.vecdot(torch.exp(logprobs, out=value), logprobs)
+                ranks = torch.gt(logprobs, written[:, None], out=value).sum(-1) + 1
                 divergences = p.dot(last) - logprobs @ p
                 top.append(logprobs[:, :size].topk(min(k, size)))
                 numbers.append(torch.stack([written, ranks, entropies, divergences]))
-        shape = hidden.shape[:2]
-        found = torch.cat(numbers, dim=1).unflatten(1, shape)
+        found = torch.cat(numbers, dim=1).unflatten(1, hidden.shape[:2])
         if not found.isfinite().all():
             raise ModelBroken(
                 "What a layer would have written is not finite; "
                 "its weights may be damaged, or the precision too low."
             )
         return Readings(
-            top_ids=torch.cat([best.indices for best in top]).unflatten(0, shape),
-            top_logprobs=torch.cat([best.values for best in top]).unflatten(0, shape),
+            top_ids=torch.cat([best.indices for best in top]).unflatten(0, hidden.shape[:2]),
+            top_logprobs=torch.cat([best.values for best in top]).unflatten(0, hidden.shape[:2]),
             logprobs=found[0],
             ranks=found[1].long(),
             entropies=found[2].clamp_min(0),

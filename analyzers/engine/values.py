@@ -87,6 +87,7 @@ class Step:
     before: tuple[int, ...]
     hidden: Mapping[int, torch.Tensor]
     experts: Mapping[int, Experts] = field(default_factory=dict)
+    exits: Mapping[int, torch.Tensor] = field(default_factory=dict)
     router_entropy: Mapping[int, float] = field(default_factory=dict)
 
 

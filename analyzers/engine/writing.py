@@ -5,6 +5,7 @@ a call that fails or is stopped leaves its cursors as they were.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import overload
 
 import torch
@@ -23,7 +24,7 @@ CHUNK = 256
 # Rows of logits that are alive at once while a text is read: 64 of 262k float32 are 64 MB.
 READ_CHUNK = 64
 # Rows of logits in one float32 softmax; larger temporaries are what costs.
-SOFTMAX_ROWS = 32
+SOFTMAX_ROWS = 16
 # Logits of one pass over a tree: 256 rows of the default model, 64 of a vocabulary of 262k.
 TREE_LOGITS = 2**24
 
@@ -64,6 +65,7 @@ class Writing(Base):
         ban: Collection[int] = (),
         filters: Filters = PLAIN_FILTERS,
         taps: Collection[int] = (),
+        exits: Collection[int] = (),
         options: Options = PLAIN,
     ) -> Step: ...
     @overload
@@ -74,6 +76,7 @@ class Writing(Base):
         ban: Collection[int] = (),
         filters: Filters = PLAIN_FILTERS,
         taps: Collection[int] = (),
+        exits: Collection[int] = (),
         options: Options = PLAIN,
     ) -> list[Step]: ...
     def step(
@@ -83,13 +86,16 @@ class Writing(Base):
         ban: Collection[int] = (),
         filters: Filters = PLAIN_FILTERS,
         taps: Collection[int] = (),
+        exits: Collection[int] = (),
         options: Options = PLAIN,
     ) -> Step | list[Step]:
         """The next token's distribution at one cursor, or at many in one batch (ragged lengths).
 
         Commits nothing. `ban`: ids that may not be chosen. `taps`: layers whose hidden state to
-        return. The first time cursors step together their caches are copied side by side; as long
-        as the same ones step together, nothing is copied again.
+        return. `exits`: layers whose logits to return, as `unembed` gives them; where that can be
+        done in the same product as the model's own it costs little. The first time cursors step
+        together their caches are copied side by side; as long as the same ones step together,
+        nothing is copied again.
         Raises: OutOfContext when a cursor has reached the model's window; ModelBroken, with the
         layer where it began, when the model's numbers are not finite.
         """
@@ -102,17 +108,20 @@ class Writing(Base):
             )
         for cursor in many:
             self._check_room(cursor.pos)
+        taps = {*taps, *exits}
         with self._restoring(*many):
             each = [options.of_row(row) for row in range(len(many))]
             for cursor, its in zip(many, each, strict=True):
                 self._compute(cursor, cursor.pos - 1, its)
             if len(many) == 1 or not self._masked:
                 steps = [
-                    self._one(cursor, ban, filters, taps, its)
+                    self._one(cursor, ban, filters, taps, exits, its)
                     for cursor, its in zip(many, each, strict=True)
                 ]
             else:
                 steps = self._batch(many, ban, filters, taps, options)
+        if exits:
+            steps = [step if step.exits else self._with_exits(step, exits) for step in steps]
         return steps[0] if isinstance(cursors, Cursor) else steps
 
     def push(self, cursor: Cursor, id: int) -> None:
@@ -291,10 +300,11 @@ class Writing(Base):
         ban: Collection[int],
         filters: Filters,
         taps: Collection[int],
+        exits: Collection[int],
         options: Options,
     ) -> Step:
         if self._flat is not None and options == PLAIN:
-            return self._flat_step(self._flat, cursor, ban, filters, taps)
+            return self._flat_step(self._flat, cursor, ban, filters, taps, exits)
         return self._module_step(cursor, ban, filters, taps, options)
 
     def _module_step(
@@ -316,17 +326,24 @@ class Writing(Base):
         ban: Collection[int],
         filters: Filters,
         taps: Collection[int],
+        exits: Collection[int],
     ) -> Step:
         self._check_taps(taps)
         self.poll()
         self.forwards += 1
         past = cursor.past
         assert isinstance(past, Past)  # a flat model has no recurrent state
-        row, hidden = flat.step(cursor.ids[-1], past, taps)
+        rows, hidden = flat.step(cursor.ids[-1], past, taps, exits)
         try:
-            return step_after(cursor.ids, row, self.vocabulary.size, hidden, ban, filters)
+            step = step_after(cursor.ids, rows[-1], self.vocabulary.size, hidden, ban, filters)
         except ModelBroken:
             raise self._where_broken(cursor.ids, None) from None
+        return replace(step, exits=dict(zip(exits, rows.float(), strict=False))) if exits else step
+
+    def _with_exits(self, step: Step, exits: Collection[int]) -> Step:
+        rows = torch.stack([step.hidden[layer] for layer in exits])
+        logits = self._parts.readout(rows.to(self.model.dtype)).float()
+        return replace(step, exits=dict(zip(exits, logits, strict=True)))
 
     def _batch(
         self,

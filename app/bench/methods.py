@@ -27,7 +27,7 @@ ABOUT = "time a token of DoLa, the logit lens and SCMoE, against greedy writing"
 MIXTURE = "smollm2-moe"
 TURN = 16
 """Tokens of a turn: two groups of the lens."""
-LONGEST = 4096
+LONGEST = 1024
 LONG = {"scmoe": {"rank_map": 0}}
 """Settings without which a text would be read once more at its end."""
 TARGETS = {"dola": 1.25, "logit_lens": 1.25, "scmoe": 1.5, "scmoe, one by one": 2.2}

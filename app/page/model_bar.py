@@ -7,10 +7,11 @@ from typing import Any
 import gradio as gr
 import torch
 
-from analyzers.engine import memory, quantization, sources
+from analyzers.engine import builtin, memory, quantization, sources
 from analyzers.engine.builtin import MODELS
 from analyzers.engine.loading import DEFAULT
 from analyzers.errors import BadInput, CandorError, Stopped
+from analyzers.home import models_folder
 from app.page.context import PageContext
 from app.page.widgets import ENGINE, QUIET, chosen, words
 from app.runner import ModelChoice
@@ -253,7 +254,9 @@ def _choices(first: str) -> list[tuple[str, str]]:
 
 
 def _state(each: sources.Listed) -> str:
-    return "ready" if each.ready else f"fetched on demand, {human_size(each.size)}"
+    if each.ready:
+        return "ready"
+    return f"fetched on demand, {human_size(each.size)}" if each.size else "made on demand"
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -264,21 +267,24 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _foreseen(choice: ModelChoice) -> str:
+    listed = next((each for each in sources.listed() if each.ref == choice.ref), None)
+    about = models.hint(listed.about) if listed and listed.about else ""
     source = sources.find(choice.ref)
     if source:
         plan = memory.plan(source, choice.quantization, choice.dtype, choice.device, choice.double)
         kind = str(plan.dtype).removeprefix("torch.")
         if plan.quantization != "none":
             kind = plan.quantization
-        return models.needs(kind, plan.weights, plan.peak, memory.free(plan.device))
-    size = next((each.size for each in sources.listed() if each.ref == choice.ref), None)
-    if size is None:
+        return about + models.needs(kind, plan.weights, plan.peak, memory.free(plan.device))
+    if listed is None:
         return models.hint("Not on this computer: Load looks for it on the Hugging Face hub.")
-    return models.download(size)
+    return about + (models.download(listed.size) if listed.size else models.made())
 
 
 def _titled(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(facts) | {"name": _title(facts["name"])}
+    known = facts["name"] in MODELS
+    about = builtin.about(facts["name"], models_folder()) if known else ""
+    return dict(facts) | {"name": _title(facts["name"]), "about": about}
 
 
 def _title(ref: str) -> str:
