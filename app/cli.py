@@ -132,10 +132,16 @@ def _history(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from sessions.export import export_jsonl
+    from sessions.numbers import export_csv
 
     with _store() as store:
-        runs = export_jsonl(store, [store.run(id).id for id in args.run], args.out)
-    _say(f"{runs} run{'s' if runs != 1 else ''} written to {args.out}.")
+        ids = [store.run(id).id for id in args.run]
+        if args.format == "csv":
+            what = f"{export_csv(store, ids, args.out):,} numbers"
+        else:
+            runs = export_jsonl(store, ids, args.out)
+            what = f"{runs} run{'s' if runs != 1 else ''}"
+    _say(f"{what} written to {args.out}.")
     return DONE
 
 
@@ -231,7 +237,12 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", _export, "write runs to a file")
     export.add_argument("run", nargs="+", metavar="RUN", help="id, or its beginning")
-    export.add_argument("--format", choices=["jsonl"], default="jsonl")
+    export.add_argument(
+        "--format",
+        choices=["jsonl", "csv"],
+        default="jsonl",
+        help="jsonl: whole runs, to import; csv: their numbers, to compute with",
+    )
     export.add_argument("--out", required=True, type=Path, metavar="F")
 
     imports = command("import", _import, "read runs from an exported file; prints their ids")

@@ -284,6 +284,15 @@ def test_export_and_import_give_the_same_runs(call, tmp_path, monkeypatch):
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "runs.jsonl").read_bytes()
 
 
+def test_numbers_are_exported_as_a_table(call, tmp_path):
+    call(*RUN)
+    (row,) = lines(call("history", "--json")[1])
+    out = tmp_path / "numbers.csv"
+    status, _, err = call("export", row["id"], "--format", "csv", "--out", out)
+    assert status == 0 and "24 numbers written" in err  # 6 tokens, 4 signals each
+    assert out.read_text(encoding="utf-8").splitlines()[0].startswith("run,lane,pos,name")
+
+
 def test_what_is_not_there_or_no_export_is_one(call, tmp_path):
     (tmp_path / "no.jsonl").write_text("{}\n")
     for argv in (

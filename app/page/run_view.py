@@ -13,6 +13,7 @@ from app.command import as_command
 from app.page.context import PageContext
 from app.page.widgets import QUIET, chart, chosen, figures, growing, view, words
 from app.runner import UPDATE_SECONDS, Fork, Job, ModelChoice, Run, Update
+from sessions.numbers import export_csv
 from visualizations import curve, inside, legend, lens, panel, status, summary, tokens, turns
 from visualizations.signals import PROBABILITY, SIGNALS
 
@@ -180,6 +181,8 @@ def build_view(ctx: PageContext, name: str) -> RunView:
                 with gr.Row(elem_classes="candor-actions"):
                     copy = gr.Button("Copy answer", size="sm")
                     command = gr.Button("Copy as command", size="sm")
+                    save = gr.Button("Numbers as CSV", size="sm", elem_id=f"{name}-save")
+                saved = gr.File(label="Numbers", visible=False, elem_id=f"{name}-saved")
             layers = growing(elem_id=f"{name}-lens", elem_classes="candor-growing")
             within = figures(elem_id=f"{name}-inside")
             numbers = view(summary.render(summary.summarize([])), elem_id=f"{name}-summary")
@@ -197,6 +200,15 @@ def build_view(ctx: PageContext, name: str) -> RunView:
         at = chosen(event)
         return token_panel(ctx, run_id, at.get("pos"), at.get("row"))
 
+    def write(run_id: str) -> gr.File:
+        if not run_id:
+            return gr.File(visible=False)
+        out = ctx.files / f"candor-{run_id}.csv"
+        export_csv(ctx.store, [run_id], out)
+        return gr.File(str(out), visible=True)
+
+    save.click(write, [run_id], [saved], **QUIET)
+    run_id.change(lambda: gr.File(visible=False), None, [saved], **QUIET)
     signal.change(None, signal, None, js=PICK_SIGNAL % scope)
     signal.change(recolour, [run_id, signal], [key, plot], **QUIET)
     spaces.change(None, spaces, None, js=SHOW_SPACE % scope)
