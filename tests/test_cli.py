@@ -152,7 +152,7 @@ def test_bad_usage_is_two_with_a_sentence_and_records_nothing(
         ["run", "sampling", "--prompt", "x", "--seed", "one"],
         ["dance"],
         ["export", "--out", "f"],
-        ["export", "x", "--format", "csv", "--out", "f"],
+        ["export", "x", "--format", "pdf", "--out", "f"],
     ],
 )
 def test_what_the_parser_refuses_is_two_as_well(call, capsys, argv):

@@ -52,14 +52,12 @@ def tiny_engine(tiny_engine, method) -> Engine:
 
 
 @pytest.fixture
-def own_engine(own_engine, request) -> Engine:
-    method = request.getfixturevalue("method") if "method" in request.fixturenames else None
-    return routed() if method and "routing" in method.card.needs else own_engine
+def own_engine(own_engine, method) -> Engine:
+    return routed() if "routing" in method.card.needs else own_engine
 
 
 def run_on(engine: Engine, method: Method, seed: int = 7, text: str = TEXT):
-    if why := lacks(method.card, engine.can):
-        pytest.skip(why)
+    assert not lacks(method.card, engine.can)
     params = build(method.params, small(method))
     return method.run(engine, task_for(method, text), params, Context(seed))
 
@@ -191,7 +189,7 @@ def test_stops_when_asked(method, passes, own_engine, monkeypatch):
 @each
 @pytest.mark.parametrize("how", ["to the end", "abandoned", "stopped", "failed"])
 def test_leaves_nothing_behind(method, how):
-    engine = tiny.engine()
+    engine = routed() if "routing" in method.card.needs else tiny.engine()
     list(run_on(engine, method))  # what is made once, on first use, is no leak
     before = traces(engine)
 
@@ -213,8 +211,6 @@ def test_leaves_nothing_behind(method, how):
 
 @each
 def test_survives_the_real_runner_and_store(method, runner):
-    if why := lacks(method.card, tiny.engine().can):
-        pytest.skip(why)
     run = runner.submit(Job(method.name, task_for(method), small(method), seed=7)).finish()
     stored = runner.store.events(run.id)
     assert stored == run.events

@@ -40,10 +40,9 @@ def test_a_table_of_one_number_is_flat():
     assert Cost(20.0, ((1, 1.0),), 800.0, 1).v(9) == 1.0
 
 
-def test_it_survives_json_and_equals_itself():
+def test_it_survives_json():
     mapping = TABLE.as_mapping()
-    assert json.loads(json.dumps(mapping, allow_nan=False)) == mapping
-    assert Cost.from_mapping(json.loads(json.dumps(mapping))) == TABLE
+    assert Cost.from_mapping(json.loads(json.dumps(mapping, allow_nan=False))) == TABLE
 
 
 @pytest.mark.parametrize(

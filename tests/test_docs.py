@@ -64,7 +64,7 @@ def test_readme_commands_are_understood(command):
     given = cli._parser().parse_args(words)
     if words[0] == "run":
         method = registry.method(given.method)
-        build(method.params, cli._settings(given.set))
+        build(method.params, cli._pairs("--set", given.set))
     if words[0] == "bench" and given.name:
         assert given.name in bench.names()
 

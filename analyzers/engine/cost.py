@@ -56,8 +56,8 @@ class Cost:
         return at_low + (at_high - at_low) * (n - low) / (high - low)
 
     def as_mapping(self) -> dict[str, Any]:
-        """As JSON has it: equal to itself after `json.loads(json.dumps(...))`."""
-        return asdict(self) | {"verify": [list(pair) for pair in self.verify]}
+        """Numbers and tuples, ready for JSON."""
+        return asdict(self)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Cost":
