@@ -31,6 +31,7 @@ LONGEST = 1024
 LONG = {"scmoe": {"rank_map": 0}}
 """Settings without which a text would be read once more at its end."""
 TARGETS = {"dola": 1.25, "logit_lens": 1.25, "scmoe": 1.5, "scmoe, one by one": 2.2}
+"""Of greedy writing, in bfloat16."""
 GREEDY = "sampling", {"temperature": 0.0}
 Way = Callable[[], float]
 
@@ -66,13 +67,14 @@ def _compared(
         ways[label] = _way(engine, label.partition(",")[0], params)
     taken = alternate(ways, rounds, progress)
     base = median(taken["greedy"])
+    plain = engine.identity["quantization"] == "none"
     return [
         median_row(
             f"{name}: {label}",
             times,
             "ms/token",
             **({} if label == "greedy" else {"baseline": base}),
-            target=TARGETS.get(label),
+            target=TARGETS.get(label) if plain else None,
         )
         for label, times in taken.items()
     ]
