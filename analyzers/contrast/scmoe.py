@@ -32,7 +32,7 @@ from analyzers.task import Task
 from analyzers.trace import Event, Lens, Metric, Routing, Scores, Token
 
 CARD = Card(
-    "SCMoE: experts against experts",
+    "SCMoE",
     family="contrast",
     source="Shi et al. 2024, arXiv:2405.14507",
     emits=(Token, Lens, Scores, Routing, Metric),
@@ -49,9 +49,8 @@ class Params:
     beta: float = knob(0.5, "How strongly the weak reading is subtracted; 0 = not", lo=0, hi=4)
     weak: Literal["paper", "rank", "top", "random", "dynamic"] = knob(
         "paper",
-        "Experts of the weak reading: the second best alone where the model takes one or two, the "
-        "best third of what it takes where it takes more; or the k-th best alone, the k best, k at "
-        "random, by threshold",
+        "Experts of the weak reading: paper = the second best alone, or the best third where the "
+        "model takes more than two; rank = the k-th best alone, top = the k best",
     )
     weak_k: int = knob(2, "The k of the weak reading, not for paper", lo=1, hi=256)
     strong: Literal["default", "top", "dynamic"] = knob(

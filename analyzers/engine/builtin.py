@@ -124,7 +124,7 @@ MODELS: dict[str, Builtin | Carved] = {
         terms="use is subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms",
     ),
     "smollm2-moe": Carved(
-        title="SmolLM2-MoE (demo, carved from SmolLM2-135M)",
+        title="SmolLM2-MoE (demo)",
         made_from="smollm2-135m",
         experts=16,
         shared=512,
