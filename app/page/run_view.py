@@ -184,7 +184,7 @@ def build_view(ctx: PageContext, name: str) -> RunView:
                     save = gr.Button("Numbers as CSV", size="sm", elem_id=f"{name}-save")
                 saved = gr.File(label="Numbers", visible=False, elem_id=f"{name}-saved")
             layers = growing(elem_id=f"{name}-lens", elem_classes="candor-growing")
-            within = figures(elem_id=f"{name}-inside")
+            within = figures(elem_id=f"{name}-inside", elem_classes="candor-views")
             numbers = view(summary.render(summary.summarize([])), elem_id=f"{name}-summary")
         with gr.Column(scale=2, min_width=290, elem_classes="candor-card candor-right"):
             opened = view(panel.empty(), elem_id=f"{name}-panel")
