@@ -13,7 +13,7 @@ from itertools import islice
 
 from analyzers.card import Card
 from analyzers.context import Context
-from analyzers.engine import Engine, Filters, draw, token
+from analyzers.engine import Engine, Filters, chosen
 from analyzers.params import knob
 from analyzers.task import Task
 from analyzers.trace import Event, Token, text_of
@@ -66,11 +66,7 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
         if cursor.pos == engine.context:
             return "context full"
         step = engine.step(cursor, filters=filters)
-        if params.temperature == 0:
-            written = token(engine, step, int(step.logits.argmax()))
-        else:
-            id, p = draw(step, rng)
-            written = token(engine, step, id, p_sampled=p)
+        written = chosen(engine, step, rng, params.temperature)
         engine.push(cursor, written.id)
         answer.append(written)
         yield written

@@ -4,7 +4,7 @@ from analyzers.engine.core import Engine
 from analyzers.engine.filters import Filters
 from analyzers.engine.loading import load
 from analyzers.engine.routing import Policy
-from analyzers.engine.signals import draw, first_token, instead, token
+from analyzers.engine.signals import chosen, draw, first_token, instead, token
 from analyzers.engine.trees import Checked, Tree
 from analyzers.engine.values import Cursor, Options, Step
 
@@ -17,6 +17,7 @@ __all__ = [
     "Policy",
     "Step",
     "Tree",
+    "chosen",
     "draw",
     "first_token",
     "instead",

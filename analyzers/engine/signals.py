@@ -105,6 +105,15 @@ def draw(step: Step, rng: random.Random) -> tuple[int, float]:
     return id, float(probabilities[id])
 
 
+def chosen(engine: "Engine", step: Step, rng: random.Random, temperature: float) -> Token:
+    """The Token that a step's processed logits choose: the likeliest at temperature 0, otherwise
+    one that is drawn from them."""
+    if temperature == 0:
+        return token(engine, step, int(step.logits.argmax()))
+    id, p = draw(step, rng)
+    return token(engine, step, id, p_sampled=p)
+
+
 def _margin(logprobs: Sequence[float]) -> float:
     """Between the two likeliest, as probabilities; logprobs: likeliest first."""
     if len(logprobs) < 2:

@@ -23,7 +23,7 @@ from analyzers.common import tuned_lens
 from analyzers.common.contrast import LOGPROB
 from analyzers.common.tuned_lens import TunedLens
 from analyzers.context import Context
-from analyzers.engine import Cursor, Engine, Filters, Step, draw, token
+from analyzers.engine import Cursor, Engine, Filters, Step, chosen
 from analyzers.engine.signals import DIGITS, TOP
 from analyzers.errors import BadParameter
 from analyzers.params import FileRef, knob
@@ -90,11 +90,7 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
             why = "context full"
             break
         step = engine.step(cursor, filters=filters, taps=layers)
-        if params.temperature == 0:
-            written = token(engine, step, int(step.logits.argmax()))
-        else:
-            id, p = draw(step, rng)
-            written = token(engine, step, id, p_sampled=p)
+        written = chosen(engine, step, rng, params.temperature)
         engine.push(cursor, written.id)
         yield written
         unread.append(_seen(step, written.id, layers))

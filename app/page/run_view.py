@@ -11,12 +11,13 @@ from analyzers.errors import BadInput, CandorError
 from analyzers.trace import Event, RunStarted, Token, surviving, text_of
 from app.command import as_command
 from app.page.context import PageContext
-from app.page.widgets import QUIET, chart, chosen, figures, growing, view, words
+from app.page.widgets import QUIET, chart, chosen, figures, growing, segments, view, words
 from app.runner import UPDATE_SECONDS, Fork, Job, ModelChoice, Run, Update
 from sessions.numbers import export_csv
 from visualizations import curve, inside, legend, lens, panel, status, summary, tokens, turns
 from visualizations.signals import PROBABILITY, SIGNALS
 
+TINTS = [(each.label, each.name) for each in SIGNALS.values()]
 COPY = "(text) => window.candorCopy(text)"
 PICK_SIGNAL = """(name) => {
   for (const box of document.querySelectorAll('%s')) {
@@ -162,14 +163,7 @@ def build_view(ctx: PageContext, name: str) -> RunView:
         with gr.Column(scale=5, min_width=340, elem_classes="candor-middle"):
             with gr.Column(elem_classes="candor-card"):
                 with gr.Row(elem_classes="candor-bar"):
-                    signal = gr.Radio(
-                        [(each.label, each.name) for each in SIGNALS.values()],
-                        value=PROBABILITY.name,
-                        label="Tint by",
-                        show_label=False,
-                        container=False,
-                        elem_classes="candor-seg",
-                    )
+                    signal = segments(TINTS, PROBABILITY.name, "Tint by")
                     spaces = gr.Checkbox(
                         False, label="Show white space", container=False, min_width=150, scale=0
                     )

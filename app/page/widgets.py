@@ -1,5 +1,6 @@
 """The two clickable parts that Gradio does not have: views made of our HTML, and charts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -87,6 +88,19 @@ _GROW = """
   draw();
 }
 """
+
+
+def segments(choices: Sequence[tuple[str, Any]], value: Any, label: str, **kwargs: Any) -> gr.Radio:
+    """Radio buttons as one segmented control, without a visible label."""
+    return gr.Radio(
+        choices,
+        value=value,
+        label=label,
+        show_label=False,
+        container=False,
+        elem_classes="candor-seg",
+        **kwargs,
+    )
 
 
 def view(value: str = "", **kwargs: Any) -> gr.HTML:

@@ -18,7 +18,7 @@ from analyzers.trace import RunStarted, Turn, text_of
 from app.page.context import PageContext
 from app.page.forms import build_form
 from app.page.run_view import Outputs, build_view
-from app.page.widgets import ENGINE, QUIET, chosen, view, words
+from app.page.widgets import ENGINE, QUIET, chosen, segments, view, words
 from app.runner import Job, Run
 from visualizations import status, turns
 from visualizations.text import escape
@@ -87,15 +87,7 @@ class AskTab:
     # What is seen
 
     def _draw_prompt(self) -> None:
-        self.mode = gr.Radio(
-            MODES,
-            value="chat",
-            label="Kind of prompt",
-            show_label=False,
-            container=False,
-            elem_classes="candor-seg",
-            elem_id=self._id("mode"),
-        )
+        self.mode = segments(MODES, "chat", "Kind of prompt", elem_id=self._id("mode"))
         self.text_only = words(
             '<p class="candor-hint">This model has no chat template: it goes on from a text.</p>',
             visible=False,

@@ -14,9 +14,9 @@ from analyzers.task import Task, chat
 from analyzers.trace import Event, RunEnded, RunStarted
 from app.page.context import PageContext
 from app.page.forms import Form, build_form
-from app.page.run_view import PICK_SIGNAL, Outputs, token_panel
+from app.page.run_view import PICK_SIGNAL, TINTS, Outputs, token_panel
 from app.page.tabs.ask import MODES, OPEN_PROMPT, read_seed
-from app.page.widgets import ENGINE, QUIET, chosen, growing, view, words
+from app.page.widgets import ENGINE, QUIET, chosen, growing, segments, view, words
 from app.runner import Job, Run, Together, Update
 from visualizations import compare, legend, panel, status, tokens
 from visualizations.compare import Lane
@@ -57,15 +57,7 @@ class CompareTab:
     # What is seen
 
     def _draw_form(self) -> None:
-        self.mode = gr.Radio(
-            MODES,
-            value="chat",
-            label="Kind of prompt",
-            show_label=False,
-            container=False,
-            elem_classes="candor-seg",
-            elem_id="compare-mode",
-        )
+        self.mode = segments(MODES, "chat", "Kind of prompt", elem_id="compare-mode")
         self.prompt = gr.Textbox(
             OPEN_PROMPT,
             label="Prompt (Ctrl + Enter runs)",
@@ -110,14 +102,7 @@ class CompareTab:
     def _draw_lanes(self) -> None:
         with gr.Column(elem_classes="candor-card"):
             with gr.Row(elem_classes="candor-bar"):
-                self.signal = gr.Radio(
-                    [(each.label, each.name) for each in SIGNALS.values()],
-                    value=PROBABILITY.name,
-                    label="Tint by",
-                    show_label=False,
-                    container=False,
-                    elem_classes="candor-seg",
-                )
+                self.signal = segments(TINTS, PROBABILITY.name, "Tint by")
             self.key = words(legend.render(PROBABILITY))
             self.state = words("", elem_id="compare-state", elem_classes="candor-state")
         self.columns: list[gr.Column] = []

@@ -11,7 +11,7 @@ from analyzers.errors import CandorError
 from app.page.context import PageContext
 from app.page.run_view import Outputs, build_view
 from app.page.tabs.compare import CompareTab
-from app.page.widgets import ENGINE, QUIET, chosen, view, words
+from app.page.widgets import ENGINE, QUIET, chosen, segments, view, words
 from sessions.export import export_jsonl, import_jsonl
 from visualizations import history, status
 from visualizations.text import counted, human_size
@@ -75,14 +75,7 @@ class HistoryTab:
     def _draw_replay(self) -> None:
         with gr.Row(elem_classes="candor-bar candor-replay"):
             self.replay = gr.Button("Replay", size="sm", elem_id="replay", scale=0, min_width=90)
-            self.speed = gr.Radio(
-                SPEEDS,
-                value=4.0,
-                label="Speed",
-                show_label=False,
-                container=False,
-                elem_classes="candor-seg",
-            )
+            self.speed = segments(SPEEDS, 4.0, "Speed")
             self.halt = gr.Button("Stop", size="sm", scale=0, min_width=70, elem_id="replay-stop")
 
     def _listen(self, tab: gr.Tab) -> None:
