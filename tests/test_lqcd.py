@@ -367,3 +367,14 @@ def test_no_change_is_balanced_and_no_questions_are_refused():
         sycophancy([], [], [])
     with pytest.raises(ValueError):
         sycophancy(["a"], ["a"], [])
+
+
+def test_a_prompt_that_leaves_no_room_for_a_token_ends_without_its_numbers():
+    """The longer prompt fills the context: nothing is contrasted, and nothing fails."""
+    engine = tiny.engine()
+    engine._ends = frozenset()
+    engine.context = len(engine.encode(Task(chat(f"{ASK} x"))))
+    events, why = run(engine, ASK, hint="x", max_new=20)
+    assert why == "context full" and ids(events) == ids(events, "leading") == []
+    names = [metric.name for metric in kinds(events, Metric)]
+    assert "mean confidence, neutral" in names and "mean confidence, contrast" not in names

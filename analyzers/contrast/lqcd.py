@@ -229,8 +229,10 @@ def _compared(lanes: dict[str, list[Token]]) -> Iterator[Metric]:
     """How sure the model was of each answer, and how much of one is not in the other."""
     names = {MAIN: "contrast", NEUTRAL: NEUTRAL, LEADING: LEADING}
     for lane, tokens in lanes.items():
-        mean = fmean(exp(each.logprob) for each in tokens if each.logprob is not None)
-        yield Metric(f"mean confidence, {names[lane]}", 0, round(mean, DIGITS), "probability")
+        sure = [exp(each.logprob) for each in tokens if each.logprob is not None]
+        if sure:  # a full context leaves none
+            mean = round(fmean(sure), DIGITS)
+            yield Metric(f"mean confidence, {names[lane]}", 0, mean, "probability")
     for first, second in ((NEUTRAL, LEADING), (NEUTRAL, MAIN), (LEADING, MAIN)):
         if first in lanes and second in lanes:
             share = changed([each.id for each in lanes[first]], [each.id for each in lanes[second]])
