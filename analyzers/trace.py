@@ -127,7 +127,20 @@ class Routing(Event):
 
 @dataclass(frozen=True)
 class DraftTree(Event):
-    """A drafted tree (parents: -1 = root), what the target thought of it, and what survived."""
+    """One step of speculative decoding: the drafted tree, what the target thought of it, and what
+    survived; rejected drafts stay in it.
+
+    pos: where the children of the root (parent -1, the last written token) stand. Siblings come in
+    the order in which they were drawn. draft_logprobs, target_logprobs: of each node behind its
+    parent, nats, None where there is none; the target's are its raw ones (temperature 1). accepted:
+    the nodes that were written, root side first. extra: the token that the target wrote behind
+    them, None when the text ended before it; origin: "corrected" where drafts stood there and were
+    refused, "bonus" where none did. chances: of each node, the probability with which it was to be
+    accepted, None when it was not tested; coins: what was thrown for it. values: what the drafter
+    decided by, `measure` says what that is. ended: why the path ends. cost: what drafting and
+    verifying take by the cost table, in plain steps, None without a table. rest_ms: everything
+    else of the step.
+    """
 
     pos: int
     ids: tuple[int, ...]
@@ -138,8 +151,16 @@ class DraftTree(Event):
     accepted: tuple[int, ...]
     extra: int | None
     ended: str
+    extra_text: str = ""
+    origin: Literal["corrected", "bonus", ""] = ""
+    chances: tuple[float | None, ...] = ()
+    coins: tuple[float | None, ...] = ()
+    values: tuple[float | None, ...] = ()
+    measure: str = ""
+    cost: float | None = None
     draft_ms: float = field(default=0.0, compare=False)
     verify_ms: float = field(default=0.0, compare=False)
+    rest_ms: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
