@@ -5,6 +5,7 @@ several), `tuple[int, ...]`, and the references ModelRef, AdapterRef and FileRef
 """
 
 import dataclasses
+import inspect
 import math
 import typing
 from collections.abc import Mapping
@@ -69,10 +70,16 @@ def knob(
 
 
 def knobs(params: type) -> list[Knob]:
-    """The knobs of a Params class, in the order in which they are declared."""
+    """The knobs of a Params class, in the order in which they are declared; its own come before
+    those that it inherits, which many methods have."""
     hints = typing.get_type_hints(params)
+    lineage = [inspect.get_annotations(cls) for cls in params.__mro__]
+
+    def home(field: dataclasses.Field[Any]) -> int:
+        return next(i for i, declared in enumerate(lineage) if field.name in declared)
+
     rows = []
-    for field in dataclasses.fields(params):
+    for field in sorted(dataclasses.fields(params), key=home):
         hint, meta = hints[field.name], field.metadata
         origin = typing.get_origin(hint)
         rows.append(

@@ -21,7 +21,7 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 
@@ -30,6 +30,7 @@ from analyzers.context import Context
 from analyzers.engine import Cursor, Engine, instead, load, memory
 from analyzers.engine.cost import Cost, machine, measure
 from analyzers.engine.loading import DEFAULT, Progress
+from analyzers.engine.quantization import Quantization
 from analyzers.engine.sources import resolve
 from analyzers.errors import (
     BadInput,
@@ -94,8 +95,8 @@ class Fork:
 class Job:
     """What is asked. seed None: one is chosen and recorded. A fork takes the earlier run's task.
 
-    A knob that names a second model (ModelRef) has it loaded as `model` is: with its quantization,
-    dtype and device."""
+    A knob that names a second model (ModelRef) has it loaded as `model` is, with its quantization,
+    dtype and device, unless it says `name@quantization`."""
 
     method: str
     task: Task = NO_TASK
@@ -206,8 +207,26 @@ class Run(Work):
         super().__init__(runner, job.owner)
         self.job = job
         self.id = ""
-        self._began = 0.0
+        self._forwards = 0
+        # Seconds before the present turn, and when that began: one value, for it is read from
+        # other threads.
+        self._clock: tuple[float, float | None] = (0.0, None)
         self._beside: Together | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Its own clock: of the model thread, since RunStarted. It stands still while others have
+        their turn, and goes on until the ending is on disk."""
+        before, since = self._clock
+        return before if since is None else before + time.monotonic() - since
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        self._clock = self.seconds, time.monotonic()
+        try:
+            yield
+        finally:
+            self._clock = self.seconds, None
 
     def _serve(self) -> None:
         self._runner._run([self])
@@ -219,8 +238,8 @@ class Run(Work):
 
     def _stamp(self, event: Event) -> Stamped:
         if not self.events:
-            self._began = time.monotonic()
-        return Stamped(len(self.events), round(time.monotonic() - self._began, 6), event)
+            self._clock = 0.0, time.monotonic()
+        return Stamped(len(self.events), round(self.seconds, 6), event)
 
     def _say(self, stamped: Stamped) -> None:
         with self._changed:
@@ -233,11 +252,15 @@ class Run(Work):
 
 
 class Together(Work):
-    """Runs that take turns, token by token, so that they can be watched side by side. Each is a run
-    of its own, with its own id; `events` are those of all of them, as they came."""
+    """Runs that take turns, so that they can be watched side by side. Each is a run of its own,
+    with its own id and its own clock; `events` are those of all of them, as they came.
 
-    def __init__(self, jobs: Sequence[Job], runner: "Runner") -> None:
+    fair: whether turns go by the time used, and not token by token.
+    """
+
+    def __init__(self, jobs: Sequence[Job], runner: "Runner", fair: bool = False) -> None:
         super().__init__(runner, jobs[0].owner)
+        self.fair = fair
         self.runs = [Run(job, runner) for job in jobs]
         for run in self.runs:
             run._beside = self
@@ -248,11 +271,13 @@ class Together(Work):
         super().stop(reason)
 
     def _serve(self) -> None:
-        self._runner._run(self.runs)
+        self._runner._run(self.runs, self.fair)
 
     def _heard(self, stamped: Stamped) -> None:
         with self._changed:
             self.events.append(stamped)
+            if stamped.seq:
+                self._doing = ("", 0.0)
             self._changed.notify_all()
 
     def _hear(self, doing: str, share: float) -> None:
@@ -342,14 +367,6 @@ class Ready:
     residents: Mapping[str, Resident]
 
 
-@dataclass
-class Spent:
-    """What a run has used: passes, and seconds of the model thread."""
-
-    forwards: int = 0
-    seconds: float = 0.0
-
-
 @dataclass(frozen=True)
 class StoredArtifacts:
     """The store's artifacts of one model."""
@@ -410,16 +427,20 @@ class Runner:
         self._line_up(run)
         return run
 
-    def submit_together(self, jobs: Sequence[Job]) -> Together:
+    def submit_together(self, jobs: Sequence[Job], fair: bool = False) -> Together:
         """Have several runs take turns, each recorded as a run of its own. They all start, or none
-        does; those without a seed share one. Raises: what `submit` raises; BadInput for fewer than
-        two."""
+        does; those without a seed share one.
+
+        Each writes a token at its turn, one after the other; if `fair`, the one that has used the
+        model thread least is the next, and so each gets as far as it would in the same time alone.
+        Raises: what `submit` raises; BadInput for fewer than two.
+        """
         if len(jobs) < 2:
             raise BadInput("There is nothing to compare: choose at least two.")
         for job in jobs:
             _check(job)
         seed = secrets.randbelow(MAX_SEED + 1)
-        together = Together([_with_seed(job, seed) for job in jobs], self)
+        together = Together([_with_seed(job, seed) for job in jobs], self, fair)
         self._line_up(together)
         return together
 
@@ -669,21 +690,26 @@ class Runner:
 
     # Runs, in the model thread
 
-    def _run(self, runs: Sequence[Run]) -> None:
-        """Drive the runs in turns, each until its next token.
+    def _run(self, runs: Sequence[Run], fair: bool = False) -> None:
+        """Drive the runs in turns, each until its next token; the next turn is that of the one
+        that has used the least time if `fair`, and otherwise of the one that waited longest.
 
         Raises: CandorError if one cannot start, and then none has; afterwards each of them always
         ends in RunEnded."""
         ready: list[Ready] = []
         for run in runs:
             ready.append(self._ready(run, [r for one in ready for r in one.residents.values()]))
-        going = [(each.run, self._go(each)) for each in ready]
+        going = deque((each.run, self._go(each)) for each in ready)
         while going:
-            for run, events in list(going):
-                if not any(isinstance(event, Token) for event in events):
-                    going.remove((run, events))
-                    if run._beside:
-                        run._finish()
+            turn = min(going, key=lambda each: each[0].seconds) if fair else going[0]
+            going.remove(turn)
+            run, events = turn
+            with run._turn():
+                goes_on = any(isinstance(event, Token) for event in events)
+            if goes_on:
+                going.append(turn)
+            elif run._beside:
+                run._finish()
 
     def _ready(self, run: Run, needed: Collection[Resident]) -> "Ready":
         """Everything that can be refused. The residents that are `needed` stay."""
@@ -703,7 +729,7 @@ class Runner:
         params: Any = build(method.params, job.params)
         residents = {"": own}
         for ref in _models_in(params):
-            choice = replace(job.model, ref=str(ref))
+            choice = _second(job.model, ref)
             kept = [*needed, *residents.values()]
             residents[ref] = self._resident(choice, run._progress, kept)
         self._resident(job.model, run._progress)  # its own counts as used last
@@ -743,24 +769,21 @@ class Runner:
             history=lambda: self._history(run.id),
             cancelled=lambda: bool(run._stop_reason),
         )
-        spent = Spent()
-        status, reason = yield from self._drive(ready, ctx, spent)
+        status, reason = yield from self._drive(ready, ctx)
         self._keep(run, engine, ctx)
         ended = RunEnded(
             status,
             reason,
             tokens=sum(isinstance(s.event, Token) for s in run.events) - len(task.written),
-            forwards=spent.forwards,
-            seconds=round(spent.seconds, 6),
+            forwards=run._forwards,
+            seconds=round(run.seconds, 6),
         )
         last = run._stamp(ended)
         run._say(last)
         self.recorder.end(run.id, last)
         yield ended
 
-    def _drive(
-        self, ready: "Ready", ctx: Context, spent: "Spent"
-    ) -> Generator[Event, None, tuple[Status, str]]:
+    def _drive(self, ready: "Ready", ctx: Context) -> Generator[Event, None, tuple[Status, str]]:
         """Draw the events out of the method, inference mode around each and never across them:
         between two of them other runs may have their turn with the same engines."""
         run, engines = ready.run, list(dict.fromkeys(ctx.engines.values()))
@@ -768,7 +791,7 @@ class Runner:
         try:
             while True:
                 run._poll()
-                with self._turn(run, engines, spent), torch.inference_mode():
+                with _listening(run, engines), torch.inference_mode():
                     event = next(events)
                 yield self._record(run, event)
         except StopIteration as end:
@@ -782,24 +805,6 @@ class Runner:
             return "failed", _inside(error)
         finally:
             events.close()
-
-    @contextmanager
-    def _turn(self, run: Run, engines: Sequence[Engine], spent: "Spent") -> Iterator[None]:
-        """The engines listen to this run, and it pays for what they do."""
-        began, before = time.monotonic(), sum(each.forwards for each in engines)
-        for engine in engines:
-            engine.poll = run._poll
-            engine.progress = lambda done, total: run._progress(
-                f"Reading the prompt, {done:,} of {total:,} tokens", done / max(total, 1)
-            )
-        try:
-            yield
-        finally:
-            for engine in engines:
-                engine.poll = _no_poll
-                engine.progress = _no_progress
-            spent.forwards += sum(each.forwards for each in engines) - before
-            spent.seconds += time.monotonic() - began
 
     def _history(self, own: str) -> Iterator[str]:
         """Prompts and answers of the runs before this one, newest first."""
@@ -861,6 +866,24 @@ class Runner:
             self._recent.popitem(last=False)
 
 
+@contextmanager
+def _listening(run: Run, engines: Sequence[Engine]) -> Iterator[None]:
+    """The engines listen to this run, and their passes are counted as its own."""
+    before = sum(each.forwards for each in engines)
+    for engine in engines:
+        engine.poll = run._poll
+        engine.progress = lambda done, total: run._progress(
+            f"Reading the prompt, {done:,} of {total:,} tokens", done / max(total, 1)
+        )
+    try:
+        yield
+    finally:
+        for engine in engines:
+            engine.poll = _no_poll
+            engine.progress = _no_progress
+        run._forwards += sum(each.forwards for each in engines) - before
+
+
 def _check(job: Job) -> None:
     """What can be checked without the model. Raises: BadInput and its kinds."""
     method = registry.method(job.method)
@@ -899,6 +922,16 @@ def _models_in(params: Any) -> list[ModelRef]:
     """The second models that the knobs name; "" names none."""
     named = (getattr(params, row.name) for row in knobs(type(params)) if row.kind is ModelRef)
     return [ref for ref in named if ref]
+
+
+def _second(own: ModelChoice, ref: str) -> ModelChoice:
+    """The model that a knob names: loaded as the run's own is, or as `name@quantization` says; a
+    name left out is the run's own."""
+    name, at, quantization = ref.rpartition("@")
+    if not at or quantization not in get_args(Quantization):
+        return replace(own, ref=ref)
+    dtype = "auto" if quantization != own.quantization else own.dtype
+    return replace(own, ref=name or own.ref, quantization=quantization, dtype=dtype)
 
 
 def _model_key(engine: Engine) -> str:

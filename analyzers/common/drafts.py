@@ -83,7 +83,9 @@ class Drafter(Protocol):
     how many children a node gets may depend on earlier draws, never on the very candidate that
     is being decided, or sampling is biased."""
 
-    drawn: Drawn
+    @property
+    def drawn(self) -> Drawn:
+        """How its drafts come about, which decides what rules are exact for them."""
 
     def propose(self, text: Sequence[int], depth: int) -> Draft:
         """A tree of at most `depth` levels (>= 1) behind the text; an empty one for nothing."""

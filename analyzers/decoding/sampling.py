@@ -9,14 +9,14 @@ Differs from the source: the draw inverts the cumulative distribution with a see
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from itertools import islice
 
 from analyzers.card import Card
+from analyzers.common.stops import HELP, over, stop_texts
 from analyzers.context import Context
 from analyzers.engine import Engine, Filters, chosen
 from analyzers.params import knob
 from analyzers.task import Task
-from analyzers.trace import Event, Token, text_of
+from analyzers.trace import Event, Token
 
 CARD = Card(
     "Sampling",
@@ -38,7 +38,7 @@ class Params:
     min_p: float = knob(0.0, "Drop tokens less likely than this times the best", lo=0, hi=1)
     typical_p: float = knob(1.0, "Locally typical sampling: mass to keep; 1 = off", lo=0.01, hi=1)
     repetition_penalty: float = knob(1.0, "Above 1: avoid tokens already there", lo=0.5, hi=2)
-    stop: str = knob("", "Stop after any of these texts, one a line (\\n = line break)", lines=2)
+    stop: str = knob("", HELP, lines=2)
 
 
 def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[Event, None, str]:
@@ -58,9 +58,9 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
         typical_p=params.typical_p,
         repetition_penalty=params.repetition_penalty,
     )
-    stops = [line.replace("\\n", "\n") for line in params.stop.splitlines() if line]
+    stops = stop_texts(params.stop)
     answer: list[Token] = [*task.written]
-    if answer and (why := _over(engine, stops, answer)):
+    if why := over(engine, stops, answer):
         return why
     for _ in range(params.max_new):
         if cursor.pos == engine.context:
@@ -70,22 +70,6 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
         engine.push(cursor, written.id)
         answer.append(written)
         yield written
-        if why := _over(engine, stops, answer):
+        if why := over(engine, stops, answer):
             return why
     return "max_new reached"
-
-
-def _over(engine: Engine, stops: list[str], answer: list[Token]) -> str:
-    """Why the last token ends the text; "" if it goes on."""
-    if engine.ends(answer[-1].id):
-        return "end token"
-    return next((f"stop text {stop!r}" for stop in stops if _completes(stop, answer)), "")
-
-
-def _completes(stop: str, answer: list[Token]) -> bool:
-    """Whether the last token completed the stop text; what came to stand there before it does not
-    count. Only as many tokens are looked at as the text has bytes: each adds at least one."""
-    most = len(stop.encode("utf-8", "surrogatepass"))
-    spelling = list(islice((token for token in reversed(answer) if token.bytes), most))[::-1]
-    before = len(text_of(spelling[:-1]))
-    return stop in text_of(spelling)[max(0, before - len(stop) + 1) :]

@@ -24,7 +24,7 @@ from analyzers.engine.values import Cursor
 
 PAST = 64
 """Tokens that stand before what is timed."""
-AT_ONCE = (1, 4, 16, 64)
+AT_ONCE = (1, 2, 4, 8, 16, 32, 64)
 CHUNK = 256
 ROUNDS = 5
 STEPS = 3
