@@ -167,7 +167,8 @@ def _bench(args: argparse.Namespace) -> int:
         for name, about in bench.names().items():
             print(f"{name:10} {about}")
         return DONE
-    rows = bench.run(args.name, progress=_say)
+    given = {name: getattr(args, name) for name in ("limit", "data") if getattr(args, name)}
+    rows = bench.run(args.name, progress=_say, **given)
     if not args.json:  # a limit says in which direction it is one
         signs = {"less": "<=", "more": ">="}
         rows = [
@@ -250,6 +251,8 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "measure; without a name, list what can be measured")
     bench.add_argument("name", nargs="?", metavar="NAME")
+    bench.add_argument("--limit", type=int, metavar="N", help="only so many of its questions")
+    bench.add_argument("--data", metavar="FOLDER", help="public data, for those that need it")
     bench.add_argument("--json", action="store_true")
 
     command("doctor", _doctor, "what is installed, cached and working, and what is wrong")

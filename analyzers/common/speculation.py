@@ -70,7 +70,8 @@ class Target:
 
     def __call__(self, node: int) -> torch.Tensor:
         if node not in self._rows:
-            self._rows[node] = probabilities(self.step(node), self._filters.temperature)
+            row = probabilities(self.step(node), self._filters.temperature)
+            self._rows[node] = row[: self._checked.vocabulary]
         return self._rows[node]
 
 

@@ -6,15 +6,20 @@ machine that does nothing else.
 """
 
 import importlib
+import inspect
 import math
+import os
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median, quantiles
 from types import ModuleType
 from typing import Any, Literal
 
 from analyzers.errors import BadInput
 
+DATA = "CANDOR_DATA"
+"""Environment variable that names the folder with public data."""
 Progress = Callable[[str], None]
 Row = dict[str, Any]
 Better = Literal["less", "more"]
@@ -25,15 +30,30 @@ def names() -> dict[str, str]:
     return {name: _module(name).ABOUT for name in _found()}
 
 
-def run(name: str, progress: Progress) -> list[Row]:
-    """Measure, telling `progress` what is going on; takes minutes.
+def run(name: str, progress: Progress, **options: Any) -> list[Row]:
+    """Measure, telling `progress` what is going on; takes minutes. options: for its `measure`.
 
-    Raises: BadInput for an unknown name, or for what the machine lacks.
+    Raises: BadInput for an unknown name or option, or for what the machine lacks.
     """
     if name not in _found():
         raise BadInput(f"There is no benchmark {name!r}; there are: {', '.join(_found())}.")
-    rows: list[Row] = _module(name).measure(progress)
+    measure = _module(name).measure
+    for option in options:
+        if option not in inspect.signature(measure).parameters:
+            raise BadInput(f"The benchmark {name} takes no --{option}.")
+    rows: list[Row] = measure(progress, **options)
     return rows
+
+
+def data_file(name: str, folder: str = "") -> Path:
+    """A file of the folder with public data, which CANDOR_DATA names where `folder` does not.
+
+    Raises: BadInput where it is not there."""
+    folder = folder or os.environ.get(DATA, "")
+    path = Path(folder) / name
+    if not folder or not path.is_file():
+        raise BadInput(f"There is no {name}: --data or {DATA} must name a folder that has it.")
+    return path
 
 
 def row(

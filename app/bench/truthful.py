@@ -8,17 +8,14 @@ the method's usual hint behind it; so its neutral branch alone is the baseline.
 
 At 135M parameters no difference is expected. The 95 % interval stands behind the name of each
 number: of a proportion for MC1, from a bootstrap over questions for the others, and of differences
-over the same questions. Reads the
-table that the environment variable CANDOR_TRUTHFULQA names (TruthfulQA.csv of the original
-repository). Computes in bfloat16, which reads prompts and answers several times faster on CPUs that
-have products for it.
+over the same questions. Reads truthfulqa.csv (TruthfulQA.csv of the original repository) in the
+folder that --data or CANDOR_DATA names. Computes in bfloat16, which reads prompts and answers
+several times faster on CPUs that have products for it.
 """
 
-import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +26,6 @@ from analyzers.context import Context
 from analyzers.contrast import dola, lol, lqcd
 from analyzers.engine import Engine, load
 from analyzers.engine.loading import DEFAULT
-from analyzers.errors import BadInput
 from analyzers.evaluation.intervals import Interval, bootstrap, paired, wilson
 from analyzers.evaluation.multiple_choice import (
     Question,
@@ -39,10 +35,10 @@ from analyzers.evaluation.multiple_choice import (
     read_truthfulqa,
 )
 from analyzers.task import Task
-from app.bench import Progress, Row, row
+from app.bench import Progress, Row, data_file, row
 
 ABOUT = "TruthfulQA multiple choice by likelihood: the model alone, DoLa, LOL and LQCD"
-DATA = "CANDOR_TRUTHFULQA"
+FILE = "truthfulqa.csv"
 SEED = 0
 """Of the shuffle and of the intervals."""
 BASE = "model alone"
@@ -52,12 +48,17 @@ Scorer = Callable[[Engine, Task, Sequence[Sequence[int]]], list[float]]
 
 
 def measure(
-    progress: Progress, *, model: str = DEFAULT, count: int = 100, dtype: str = "bfloat16"
+    progress: Progress,
+    *,
+    model: str = DEFAULT,
+    data: str = "",
+    limit: int = 100,
+    dtype: str = "bfloat16",
 ) -> list[Row]:
     """Three measures a method, in percent, and how far each is from the model alone.
 
-    Raises: BadInput where CANDOR_TRUTHFULQA names no TruthfulQA table."""
-    questions = chosen(count)
+    Raises: BadInput where the folder has no TruthfulQA table."""
+    questions = chosen(limit, data)
     engine = load(model, quantization="none", dtype=dtype)
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in WAYS}
     seconds = dict.fromkeys(WAYS, 0.0)
@@ -77,11 +78,9 @@ def measure(
     return rows
 
 
-def chosen(count: int) -> list[Question]:
+def chosen(count: int, folder: str) -> list[Question]:
     """The first `count` questions after the shuffle."""
-    if not (path := os.environ.get(DATA)):
-        raise BadInput(f"There are no questions: {DATA} must name a TruthfulQA table (CSV).")
-    questions = read_truthfulqa(Path(path))
+    questions = read_truthfulqa(data_file(FILE, folder))
     random.Random(SEED).shuffle(questions)
     return questions[:count]
 
