@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from analyzers.common import superposition
 from analyzers.common.ngrams import ngrams_of
+from analyzers.common.superposition import Draft, believed, likeliest, shares
 from analyzers.context import Context
 from analyzers.decoding import sampling, superposed
-from analyzers.decoding.superposed import Draft, Params, believed, likeliest, shares
+from analyzers.decoding.superposed import Params
 from analyzers.engine import Engine
 from analyzers.errors import BadParameter, OutOfContext
 from analyzers.params import FileRef
@@ -57,7 +59,7 @@ def grown(
     """The drafts that go on after n steps."""
     params = Params(max_new=n, **knobs)
     ngrams = ngrams_of(engine, history, 10_000) if history else None
-    run = superposed._grow(engine, engine.prefill(engine.encode(Task(prompt))), params, ngrams)
+    run = superposition.grow(engine, engine.prefill(engine.encode(Task(prompt))), params, ngrams)
     while True:
         try:
             next(run)
@@ -102,8 +104,8 @@ def test_only_the_likeliest_share_the_sharpened_distribution():
      (9, 0.52, 0.06), (10, 0.54, 0.12)],
 )  # fmt: skip
 def test_the_paper_s_settings_by_k(k, alpha, temperature):
-    assert superposed.tuned(Params(k=k)) == (alpha, temperature)
-    assert superposed.tuned(Params(k=k, alpha=0.3, temperature=0.9)) == (0.3, 0.9)
+    assert superposition.tuned(Params(k=k)) == (alpha, temperature)
+    assert superposition.tuned(Params(k=k, alpha=0.3, temperature=0.9)) == (0.3, 0.9)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "granitemoe", "gpt2", "opt", "mixtral"])
@@ -114,7 +116,7 @@ def test_one_hot_weights_are_an_ordinary_step(family):
     common, plain = engine.prefill(ids), engine.prefill(ids)
     engine.step(common)
     for id in then:
-        one_hot = superposed.superposition(
+        one_hot = superposition.superposition(
             engine, [Draft((id,), 0.0), Draft((65,), -1e6), Draft((66,), -1e6)]
         )
         state = engine.forward(one_hot, (0, engine.layers), cursor=common)
@@ -131,7 +133,7 @@ def test_one_hot_weights_in_the_smallest_model_to_the_last_digits(tiny_engine):
     common = tiny_engine.prefill(ids)
     tiny_engine.step(common)
     state = tiny_engine.forward(
-        superposed.superposition(tiny_engine, [Draft((70,), 0.0)]), (0, 3), cursor=common
+        superposition.superposition(tiny_engine, [Draft((70,), 0.0)]), (0, 3), cursor=common
     )
     found = tiny_engine.unembed(state)[0]
     off = float((found - full_logits(tiny_engine, [*ids, 70])).abs().max())
@@ -150,7 +152,7 @@ def test_equal_tokens_add_up(tiny_engine):
         Draft((66, 70), math.log(0.3)),
         Draft((71,), math.log(0.2)),
     ]
-    found = superposed.superposition(tiny_engine, drafts)
+    found = superposition.superposition(tiny_engine, drafts)
     expected = 0.8 * tiny_engine.embeddings([70]) + 0.2 * tiny_engine.embeddings([71])
     torch.testing.assert_close(found, expected)
 
