@@ -12,5 +12,7 @@ def css() -> str:
 
 
 def js() -> str:
-    """A function body over `element` and `trigger` (and `watch` where there is one)."""
-    return (_HERE / "view.js").read_text(encoding="utf-8")
+    """A function body over `element` and `trigger` (and `watch` where there is one): the common
+    listeners, then the drawing of draft trees."""
+    parts = (_HERE / "view.js", _HERE / "tree.js")
+    return "\n".join(path.read_text(encoding="utf-8") for path in parts)

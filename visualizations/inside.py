@@ -18,13 +18,18 @@ from visualizations import (
     lanes,
     lens,
     momentum,
+    picture,
     routing,
+    skips,
     spans,
+    speculation,
+    tree,
 )
 from visualizations.text import escape
 
 VIEWS: tuple[ModuleType, ...] = (
     lens,
+    picture,
     lanes,
     branches,
     routing,
@@ -33,6 +38,9 @@ VIEWS: tuple[ModuleType, ...] = (
     momentum,
     spans,
     drafts,
+    tree,
+    speculation,
+    skips,
 )
 LIVE = lens
 """The view that grows while the run goes on, and has a place of its own on the page."""

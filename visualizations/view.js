@@ -4,7 +4,7 @@
 // on `element`, never on a token.
 
 const scope = element.closest('.candor-scope') || document;
-const ROWS = ['probability', 'surprisal', 'entropy', 'margin', 'rank'];
+const ROWS = ['probability', 'surprisal', 'entropy', 'margin', 'rank', 'origin'];
 let current = null;  // position of the token that Tab reaches
 let selected = null;  // position of the token whose panel is open
 
@@ -56,6 +56,7 @@ function numbers(token) {
     entropy: entropy && `${fixed(entropy, 2)} nats`,
     margin: margin && fixed(margin, 2),
     rank: rank && Number(rank).toLocaleString('en'),
+    origin: /\bo-(drafted|corrected|bonus)\b/.exec(token.className)?.[1],
   };
 }
 
