@@ -1,5 +1,9 @@
 """Runs that take turns: side by side they are what they would be alone."""
 
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 
 from analyzers import registry
@@ -22,6 +26,39 @@ def events(run: Run) -> list:
     return [stamped.event for stamped in run.events]
 
 
+@dataclass
+class Paced:
+    """A method of `steps` steps, each as long as `cost` seconds of a clock that nothing else moves;
+    the tokens of a step come all at once."""
+
+    clock: SimpleNamespace
+    steps: int
+    cost: float
+    tokens: int
+
+    def run(self, engine, task, params, ctx):
+        for pos in range(0, self.steps * self.tokens, self.tokens):
+            self.clock.now += self.cost
+            for at in range(pos, pos + self.tokens):
+                yield Token(at, 65, "A", "41", -1.0, 1.0, 1, 0.5, 1.0, ())
+        return "done"
+
+
+@pytest.fixture
+def paced(monkeypatch) -> list[Job]:
+    """A run that writes a token in 2 seconds, and one that writes three in 3 seconds."""
+    clock = SimpleNamespace(now=1000.0, sleep=lambda seconds: time.sleep(0.001))
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("app.runner.time", clock)
+    add_method(monkeypatch, "plain", Paced(clock, steps=12, cost=2.0, tokens=1).run)
+    add_method(monkeypatch, "drafted", Paced(clock, steps=4, cost=3.0, tokens=3).run)
+    return [Job(name, Task(TEXT), seed=1) for name in ("plain", "drafted")]
+
+
+def stamps(run: Run) -> list[float]:
+    return [stamped.t for stamped in run.events if isinstance(stamped.event, Token)]
+
+
 def test_two_in_turns_are_two_alone(runner: Runner):
     """Same tokens with the same numbers, whatever runs beside on the same engine."""
     asked = jobs({"temperature": 0.0}, {"temperature": 1.5})
@@ -37,6 +74,39 @@ def test_they_take_turns_token_by_token(runner: Runner):
     whose = {id(s): place for place, run in enumerate(together.runs) for s in run.events}
     order = [whose[id(s)] for s in together.events if isinstance(s.event, Token)]
     assert order == [0, 1] * 8
+
+
+@pytest.mark.parametrize("fair", [False, True])
+def test_each_has_a_clock_of_its_own(runner: Runner, paced, fair):
+    """Replayed later, each goes at its own pace, as if it had been alone."""
+    together = runner.submit_together(paced, fair=fair).finish()
+    plain, drafted = together.runs
+    assert stamps(plain) == [2.0 * n for n in range(1, 13)]
+    assert stamps(drafted) == [3.0] * 3 + [6.0] * 3 + [9.0] * 3 + [12.0] * 3
+    assert [run.events[-1].t for run in together.runs] == [24.0, 12.0]
+    assert [events(run)[-1].seconds for run in together.runs] == [24.0, 12.0]
+    assert [run.seconds for run in together.runs] == [24.0, 12.0]
+    alone = [runner.submit(each).finish() for each in paced]
+    assert [run.events for run in alone] == [run.events for run in together.runs]
+
+
+def test_a_fair_turn_goes_to_the_one_that_has_used_least(runner: Runner, paced):
+    """Neither is ever more than one step of its own ahead of the other's clock."""
+    together = runner.submit_together(paced, fair=True).finish()
+    used = {id(run): 0.0 for run in together.runs}
+    over = {id(run): run.events[-1].t for run in together.runs}
+    whose = {id(stamped): id(run) for run in together.runs for stamped in run.events}
+    for stamped in together.events:
+        mine = whose[id(stamped)]
+        assert all(used[mine] <= used[each] or used[each] == over[each] for each in used)
+        used[mine] = stamped.t
+    ends = [whose[id(s)] for s in together.events if isinstance(s.event, RunEnded)]
+    assert ends == [id(run) for run in reversed(together.runs)]
+
+
+def test_what_comes_before_the_first_token_is_told_no_longer_than_it_lasts(runner: Runner):
+    doing = [update.doing for update in runner.submit_together(jobs({}, {})).updates()]
+    assert doing[-1] == ""
 
 
 def test_each_is_recorded_as_a_run_of_its_own(runner: Runner):

@@ -29,7 +29,7 @@ import torch
 from transformers import PreTrainedModel
 
 from analyzers import registry
-from analyzers.context import Artifacts, Context, Forgotten
+from analyzers.context import Context, Forgotten
 from analyzers.engine import Engine, load
 from analyzers.engine.cost import measure as measure_cost
 from analyzers.engine.loading import DEFAULT
@@ -59,20 +59,19 @@ TARGET, EVERYWHERE = 1.4, 1.0
 """Times as fast as plain decoding overall; as transformers' best in every category."""
 SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "prompt_lookup": ("prompt_lookup", {}),
-    "token_recycling, cold": ("token_recycling", {}),
-    "token_recycling, hot": ("token_recycling", {}),
+    "token_recycling": ("token_recycling", {}),
+    "token_recycling, recycled alone": ("token_recycling", {"drafts": "recycled"}),
+    "token_recycling, cold": ("token_recycling", {"drafts": "recycled", "start": "cold"}),
     "aded": ("aded", {}),
     "sjd": ("sjd", {}),
-    "draft_model, 2 layers skipped": ("draft_model", {}),
-    "draft_model, int8": ("draft_model", {"draft": "@int8"}),
+    "draft_model": ("draft_model", {}),
+    "draft_model, int8": ("draft_model", {"draft": "@int8", "floor": 0.0}),
     "swift": ("swift", {}),
     "spectr": ("spectr", {}),
     "rsd": ("rsd", {}),
     "dyspec": ("dyspec", {}),
 }
 """Name of a way -> the method, and the knobs that are not at their defaults."""
-HOT = "token_recycling, hot"
-"""It keeps what it learned from one prompt to the next; the others begin anew."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ def _ways(engine: Engine, model: str, *, theirs: bool, only: Sequence[str]) -> d
             second = second or load(model, quantization="int8")
             second.cost = second.cost or measure_cost(second, lambda: None)
             engines[ModelRef(draft)] = second
-        ways[name] = _drafting(engine, engines, method, knobs, Forgotten() if name == HOT else None)
+        ways[name] = _drafting(engine, engines, method, knobs)
     if theirs:
         loaded = bare(model, torch.bfloat16)
         layers = int(EXIT * engine.layers)
@@ -282,14 +281,13 @@ def _drafting(
     engines: Mapping[str, Engine],
     name: str,
     knobs: Mapping[str, Any],
-    artifacts: Artifacts | None,
 ) -> Way:
-    """artifacts: what is kept from one prompt to the next; None keeps nothing."""
-    method = registry.method(name)
+    """What the method learns about the model is kept from one prompt to the next, as in the app."""
+    method, artifacts = registry.method(name), Forgotten()
     params: Any = build(method.params, {**knobs, "temperature": 0.0, "max_new": TOKENS})
 
     def answer(task: Task) -> Written:
-        ctx = Context(0, engines=engines, cost=engine.cost, artifacts=artifacts or Forgotten())
+        ctx = Context(0, engines=engines, cost=engine.cost, artifacts=artifacts)
         events = list(method.run(engine, task, params, ctx))
         ids = [event.id for event in events if isinstance(event, Token)]
         trees = [event for event in events if isinstance(event, DraftTree)]

@@ -27,6 +27,8 @@ from app.page.model_bar import ModelBar
 from app.page.tabs import ask, history
 from app.page.tabs.ask import Asking
 from app.page.tabs.compare import CompareTab
+from app.page.tabs.race import PROMPT as COPY_PROMPT
+from app.page.tabs.race import RaceTab
 from app.page.widgets import PLOTLY
 from app.runner import ModelChoice, Runner
 from sessions.store import Store
@@ -41,6 +43,7 @@ ASKING = (
         "logit_lens",
         ask.OPEN_PROMPT,
     ),
+    Asking("Drafting", "drafting", ("drafting",), "draft_model", COPY_PROMPT),
 )
 """The tabs that ask, in their order."""
 
@@ -57,6 +60,8 @@ def build(ctx: PageContext) -> gr.Blocks:
             for asking in ASKING:
                 with gr.Tab(asking.title, id=asking.name):
                     ask.build(ctx, bar.can_chat, asking)
+            with gr.Tab("Race", id="race"):
+                RaceTab(ctx, bar.can_chat)
             with gr.Tab("Compare", id="compare"):
                 beside = CompareTab(ctx, bar.can_chat)
             with gr.Tab("History", id="history") as tab:
@@ -117,16 +122,29 @@ def serve(
     ctx = PageContext(runner, store, model)
     hosts = frozenset(LOOPBACK) if host in LOOPBACK else frozenset()
     address = f"http://{'localhost' if host in LOOPBACK else host}:{port}"
-    _say(f"Candor is at {address} (Ctrl+C ends it)")
-    if browser and _has_desktop():
-        threading.Timer(1.0, webbrowser.open, [address]).start()
     config = uvicorn.Config(application(ctx, hosts, password), log_level="warning")
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config, address, browser and _has_desktop()).run(sockets=[listener])
     finally:
         runner.close()
         store.close()
         atexit.unregister(runner.close)
+
+
+class Server(uvicorn.Server):
+    """Says where the page is, and opens it if asked to, once it answers there."""
+
+    def __init__(self, config: uvicorn.Config, address: str, browser: bool) -> None:
+        super().__init__(config)
+        self.address = address
+        self.browser = browser
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            _say(f"Candor is at {self.address} (Ctrl+C ends it)")
+            if self.browser:  # in a thread: some browsers return only when they are closed
+                threading.Thread(target=webbrowser.open, args=[self.address], daemon=True).start()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -14,10 +14,22 @@ from app.page.context import PageContext
 from app.page.widgets import QUIET, chart, chosen, figures, growing, segments, view, words
 from app.runner import UPDATE_SECONDS, Fork, Job, ModelChoice, Run, Update
 from sessions.numbers import export_csv
-from visualizations import curve, inside, legend, lens, panel, status, summary, tokens, turns
+from visualizations import (
+    curve,
+    inside,
+    legend,
+    lens,
+    origin,
+    panel,
+    status,
+    summary,
+    tokens,
+    turns,
+)
 from visualizations.signals import PROBABILITY, SIGNALS
 
 TINTS = [(each.label, each.name) for each in SIGNALS.values()]
+ORIGIN = (origin.LABEL, origin.NAME)
 COPY = "(text) => window.candorCopy(text)"
 PICK_SIGNAL = """(name) => {
   for (const box of document.querySelectorAll('%s')) {
@@ -163,7 +175,7 @@ def build_view(ctx: PageContext, name: str) -> RunView:
         with gr.Column(scale=5, min_width=340, elem_classes="candor-middle"):
             with gr.Column(elem_classes="candor-card"):
                 with gr.Row(elem_classes="candor-bar"):
-                    signal = segments(TINTS, PROBABILITY.name, "Tint by")
+                    signal = segments([*TINTS, ORIGIN], PROBABILITY.name, "Tint by")
                     spaces = gr.Checkbox(
                         False, label="Show white space", container=False, min_width=150, scale=0
                     )
@@ -188,7 +200,7 @@ def build_view(ctx: PageContext, name: str) -> RunView:
 
     def recolour(run_id: str, chosen_signal: str) -> tuple[str, str]:
         events = _events(ctx, run_id)
-        return legend.render(SIGNALS[chosen_signal]), _curve(events, chosen_signal)
+        return _legend(chosen_signal), _curve(events, chosen_signal)
 
     def open_token(run_id: str, event: gr.EventData) -> str:
         at = chosen(event)
@@ -245,10 +257,17 @@ def _events(ctx: PageContext, run_id: str) -> list[Event]:
     return [stamped.event for stamped in ctx.runner.events(run_id)] if run_id else []
 
 
+def _legend(name: str) -> str:
+    return origin.legend() if name == origin.NAME else legend.render(SIGNALS[name])
+
+
 def _curve(events: Sequence[Event], name: str) -> str:
+    """The chart below the text; "" where there is nothing to draw."""
     if not surviving(events):
         return ""
-    return curve.to_json(curve.figure(events, SIGNALS[name]))
+    by_origin = name == origin.NAME
+    drawn = origin.figure(events) if by_origin else curve.figure(events, SIGNALS[name])
+    return curve.to_json(drawn) if drawn else ""
 
 
 def token_panel(
