@@ -85,6 +85,22 @@ def test_a_growing_tree_computes_only_what_is_new(any_engine):
     torch.testing.assert_close(raw, full(any_engine, cursor.ids)[-1], **CLOSE)
 
 
+def test_taps_of_a_growing_tree_are_those_of_the_whole(tiny_engine):
+    cursor = begin(tiny_engine)
+    for size in (0, 1, 2, 5, len(TREE)):  # one node at a time, and several
+        grown = tiny_engine.verify(cursor, Tree(TREE.ids[:size], TREE.parents[:size]), taps=(0, 2))
+    whole = tiny_engine.verify(begin(tiny_engine), TREE, taps=(0, 2))
+    for layer in (0, 2):
+        assert len(grown.hidden[layer]) == 1 + len(TREE)
+        torch.testing.assert_close(grown.hidden[layer], whole.hidden[layer], **CLOSE)
+
+
+def test_ancestors_are_the_path_to_the_root():
+    for node in range(len(TREE)):
+        assert tuple(TREE.ancestors[node].nonzero()[:, 0].tolist()) == TREE.path(node)
+    assert Tree((), ()).ancestors.shape == (0, 0)
+
+
 def test_a_large_tree_in_several_passes_is_the_same(tiny_engine, monkeypatch):
     whole = tiny_engine.verify(begin(tiny_engine), TREE)
     monkeypatch.setattr("analyzers.engine.writing.CHUNK", 3)

@@ -1,9 +1,9 @@
-"""One step of a llama-shaped model, written out: the numbers of its modules at a third of the cost.
+"""A few tokens through a llama-shaped model, written out: its modules' numbers for less.
 
 On a CPU, half of a step of a small model is not arithmetic but the calling of sixty small
 operations a block. Here a block is about twenty: query, key and value are one product, gate and up
 another, the norm is one call, and the rotation two. The modules stay as they are (their weights
-become views of the joined ones) and serve every pass that asks for more than a plain next token.
+become views of the joined ones) and serve every pass that changes something about the model.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from analyzers.engine.adapters import Parts
 from analyzers.engine.cache import Past
-from analyzers.engine.quantization import KERNEL_STEP, Int8Linear
+from analyzers.engine.masks import Mask
+from analyzers.engine.quantization import Int8Linear
 
 # Families whose blocks are exactly: norm, attention, sum, norm, gated feed-forward, sum.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -52,12 +53,13 @@ class Flat:
         inner = model.base_model
         self._embed = parts.embeddings
         self._rotary = inner.rotary_emb
-        self._readout = parts.readout
         self._device = model.device
         self._blocks = [
             _block(block, parts.window if slides else None)
             for block, slides in zip(parts.blocks, parts.sliding, strict=True)
         ]
+        self._windows = {block.window for block in self._blocks}
+        self._group = self._blocks[0].heads // self._blocks[0].key_heads
 
     @classmethod
     def of(cls, model: PreTrainedModel, parts: Parts) -> "Flat | None":
@@ -67,50 +69,75 @@ class Flat:
             return None
         return cls(model, parts)
 
-    def step(
-        self, id: int, past: Past, taps: Collection[int] = (), exits: Collection[int] = ()
+    def run(
+        self,
+        ids: Sequence[int],
+        at: Sequence[int],
+        past: Past,
+        mask: Mask | None = None,
+        taps: Collection[int] = (),
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Compute one token behind `past`: logits (exits + 1, vocab), those of the model last, and
-        layer -> (d_model,) of the taps, which have the exits among them."""
-        pos = past.length()
-        x = self._embed(torch.tensor([id], device=self._device))
-        cos, sin = self._rotary(x, torch.tensor([[pos]], device=self._device))
-        cos, sin = cos[0], _half_negated(sin[0])
-        hidden = {0: x[0]} if 0 in taps else {}
+        """Compute `ids`, which stand at the positions `at`, and append them to `past`.
+
+        Gives the states behind the last block, (tokens, d_model), for `readout`, and layer ->
+        (tokens, d_model) of the taps. mask: as `masks` makes it, for one row; None lets every
+        token see all of the past and all of `ids`, so it serves one token only.
+        """
+        x = self._embed(torch.tensor(ids, device=self._device))
+        cos, sin = self._rotary(x, torch.tensor([at], device=self._device))
+        cos, sin = cos[0][:, None], _half_negated(sin[0])[:, None]  # the same for all heads
+        allowed = {window: self._mask_of(window, mask) for window in self._windows}
+        hidden = {0: x} if 0 in taps else {}
         for index, (block, layer) in enumerate(zip(self._blocks, past.layers, strict=True)):
-            x = _through(block, layer, x, cos, sin)
+            x = _through(block, layer, x, cos, sin, allowed[block.window])
             if index + 1 in taps:
-                hidden[index + 1] = x[0]
-        if exits:  # one product for all: the head's weights are read from memory once
-            x = torch.stack([*(hidden[layer] for layer in exits), x[0]])
-        return self._readout(x), hidden
+                hidden[index + 1] = x
+        return x, hidden
+
+    def _mask_of(self, window: int | None, mask: Mask | None) -> torch.Tensor | None:
+        """(1, 1, tokens * queries of a key head, keys) for the blocks with that window."""
+        if isinstance(mask, dict):
+            mask = mask["full_attention" if window is None else "sliding_attention"]
+        return None if mask is None else mask.repeat_interleave(self._group, 2)
 
 
 def _through(
-    block: Block, layer: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    block: Block,
+    layer: Any,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One block for one token, (1, d_model) to (1, d_model)."""
-    turned = block.heads + block.key_heads
-    qkv = block.qkv(block.first_norm(x)).view(turned + block.key_heads, block.dim)
+    """One block for a few tokens, (tokens, d_model) to (tokens, d_model)."""
+    tokens, turned = len(x), block.heads + block.key_heads
+    qkv = block.qkv(block.first_norm(x)).view(tokens, turned + block.key_heads, block.dim)
     if block.query_norm and block.key_norm:
         queries, keys = (
-            block.query_norm(qkv[: block.heads]),
-            block.key_norm(qkv[block.heads : turned]),
+            block.query_norm(qkv[:, : block.heads]),
+            block.key_norm(qkv[:, block.heads : turned]),
         )
-        both = torch.cat((queries, keys))
+        both = torch.cat((queries, keys), 1)
     else:
-        both = qkv[:turned]
+        both = qkv[:, :turned]
     if block.turns:
         both = torch.addcmul(both * cos, both.roll(block.dim // 2, -1), sin)
-    shape = (1, block.key_heads, -1, block.dim)
-    keys, values = layer.update(both[block.heads :].view(shape), qkv[turned:].view(shape))
-    if block.window is not None and keys.shape[2] > block.window:
-        keys, values = keys[:, :, -block.window :], values[:, :, -block.window :]
-    # The queries of one key head lie side by side: no head is repeated.
-    seen = F.scaled_dot_product_attention(
-        both[: block.heads].view(shape), keys, values, scale=block.scale
+    keys, values = layer.update(
+        both[:, block.heads :].transpose(0, 1)[None], qkv[:, turned:].transpose(0, 1)[None]
     )
-    x = x + block.out(seen.view(1, -1))
+    if mask is None and block.window is not None and keys.shape[2] > block.window:
+        keys, values = keys[:, :, -block.window :], values[:, :, -block.window :]
+    # The queries of one key head lie below each other, token by token: no head is repeated.
+    queries = both[:, : block.heads].reshape(tokens, block.key_heads, -1, block.dim)
+    seen = F.scaled_dot_product_attention(
+        queries.transpose(0, 1).reshape(1, block.key_heads, -1, block.dim),
+        keys,
+        values,
+        mask,
+        scale=block.scale,
+    )
+    seen = seen.view(block.key_heads, tokens, -1, block.dim).transpose(0, 1)
+    x = x + block.out(seen.reshape(tokens, -1))
     gate, up = block.gate_up(block.second_norm(x)).chunk(2, -1)
     return x + block.down(block.activation(gate) * up)
 
@@ -155,22 +182,9 @@ def _joined(modules: Sequence[Any]) -> Product:
     if all(type(module) is nn.Linear for module in modules):
         weight, bias = _one([m.weight for m in modules]), _bias(modules)
         return lambda x: F.linear(x, weight, bias)
-    if all(type(module) is Int8Linear and _has_kernel(module) for module in modules):
-        weight = _one([m.quantized for m in modules])
-        scale, bias = torch.cat([m.scale for m in modules]), _bias(modules)
-        if bias is None:
-            return lambda x: torch._weight_int8pack_mm(x, weight, scale)
-        return lambda x: torch._weight_int8pack_mm(x, weight, scale) + bias
+    if all(type(module) is Int8Linear for module in modules):
+        return Int8Linear.joined(modules, _one([m.quantized for m in modules])).product
     return lambda x: torch.cat([module(x) for module in modules], -1)
-
-
-def _has_kernel(module: Int8Linear) -> bool:
-    """Whether torch's int8 kernel serves this layer, as `Int8Linear.forward` decides."""
-    return (
-        module.scale.dtype == torch.bfloat16
-        and module.scale.device.type == "cpu"
-        and module.in_features % KERNEL_STEP == 0
-    )
 
 
 def _one(weights: Sequence[nn.Parameter]) -> torch.Tensor:

@@ -206,8 +206,8 @@ class Writing(Base):
                 hidden.append(states)
             cursor.checked = Checked(
                 tree,
-                torch.cat(raw),
-                {layer: torch.cat([states[layer] for states in hidden]) for layer in taps},
+                _joined(raw),
+                {layer: _joined([states[layer] for states in hidden]) for layer in taps},
                 tuple(cursor.ids),
                 self.vocabulary.size,
                 options,
@@ -328,17 +328,33 @@ class Writing(Base):
         taps: Collection[int],
         exits: Collection[int],
     ) -> Step:
-        self._check_taps(taps)
-        self.poll()
-        self.forwards += 1
-        past = cursor.past
-        assert isinstance(past, Past)  # a flat model has no recurrent state
-        rows, hidden = flat.step(cursor.ids[-1], past, taps, exits)
+        at = [cursor.pos - 1]
+        states, hidden = self._flat_run(flat, cursor, cursor.ids[-1:], at, None, taps)
+        if exits:  # one product for all: the head's weights are read from memory once
+            states = torch.cat([*(hidden[layer] for layer in exits), states])
+        rows = self._parts.readout(states)
+        hidden = {layer: states[0] for layer, states in hidden.items()}
         try:
             step = step_after(cursor.ids, rows[-1], self.vocabulary.size, hidden, ban, filters)
         except ModelBroken:
             raise self._where_broken(cursor.ids, None) from None
         return replace(step, exits=dict(zip(exits, rows.float(), strict=False))) if exits else step
+
+    def _flat_run(
+        self,
+        flat: Flat,
+        cursor: Cursor,
+        ids: Sequence[int],
+        at: Sequence[int],
+        mask: Mask | None,
+        taps: Collection[int],
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """A pass of its own, as `_run` is one: see `Flat.run`."""
+        self._check_taps(taps)
+        self.poll()
+        self.forwards += 1
+        assert isinstance(cursor.past, Past)  # a flat model has no recurrent state
+        return flat.run(ids, at, cursor.past, mask, taps)
 
     def _with_exits(self, step: Step, exits: Collection[int]) -> Step:
         rows = torch.stack([step.hidden[layer] for layer in exits])
@@ -398,31 +414,38 @@ class Writing(Base):
     ) -> Iterator[tuple[range, torch.Tensor, dict[int, torch.Tensor]]]:
         """The new nodes in chunks: (nodes, logits (nodes, vocab), layer -> (nodes, d_model)). The
         first chunk of a new tree begins with the root, as node -1."""
+        flat = self._flat if options == PLAIN else None
         root = cursor.pos - 1
         size = max(1, min(CHUNK, TREE_LOGITS // self.vocabulary.size))
         first = len(before.tree) if before else -1
-        depths = torch.tensor((0, *tree.depths))  # of the root, then of the nodes
+        depths = (0, *tree.depths)  # of the root, then of the nodes
         while first < len(tree):
             chunk = range(first, min(first + size, len(tree)))
-            nodes = slice(chunk.start + 1, chunk.stop + 1)  # counted from the root
-            seen = torch.ones(len(chunk), root + 1 + chunk.stop, dtype=torch.bool)
-            seen[:, root + 1 :] = False
-            for row, node in enumerate(chunk):
-                if node >= 0:
-                    seen[row, root + 1 :] = tree.ancestors[node, : chunk.stop]
-            at = root + depths[nodes]
-            keys_at = torch.cat([torch.arange(root), root + depths[: chunk.stop + 1]])
-            device = self._device
-            mask = masks(
-                self._parts, seen[None].to(device), at[None].to(device), keys_at[None].to(device),
-                self.model.dtype,
-            )  # fmt: skip
-            this = self._pass(options, taps)
             ids = [cursor.ids[-1] if node < 0 else tree.ids[node] for node in chunk]
-            rows = self._run(this, cursor.past.cache, [ids], [at.tolist()], 0, mask)
-            hidden = {layer: states[0] for layer, states in this.hidden.items()} if this else {}
-            yield chunk, rows[0], hidden
+            at = [root + depths[node + 1] for node in chunk]
+            if flat is not None:
+                mask = self._tree_mask(root, tree, chunk) if chunk.stop else None
+                states, hidden = self._flat_run(flat, cursor, ids, at, mask, taps)
+                yield chunk, self._parts.readout(states), hidden
+            else:
+                this = self._pass(options, taps)
+                mask = self._tree_mask(root, tree, chunk)
+                rows = self._run(this, cursor.past.cache, [ids], [at], 0, mask)
+                tapped = this.hidden if this else {}
+                yield chunk, rows[0], {layer: states[0] for layer, states in tapped.items()}
             first = chunk.stop
+
+    def _tree_mask(self, root: int, tree: Tree, chunk: range) -> Mask:
+        """For these nodes (-1 = the root, at position `root`), behind everything before them."""
+        depths = torch.tensor((0, *tree.depths[: chunk.stop]))  # of the root, then of the nodes
+        drafts = tree.ancestors[max(chunk.start, 0) : chunk.stop, : chunk.stop]
+        seen = torch.ones(len(chunk), root + 1 + chunk.stop, dtype=torch.bool)
+        seen[:, root + 1 :] = False  # the root sees no draft
+        seen[len(chunk) - len(drafts) :, root + 1 :] = drafts
+        keys_at = torch.cat([torch.arange(root), root + depths]).to(self._device)
+        at = keys_at[root + 1 + chunk.start :]
+        allow = seen.to(self._device)
+        return masks(self._parts, allow[None], at[None], keys_at[None], self.model.dtype)
 
     def _read_chunk(
         self, cursor: Cursor, ids: list[int], taps: Collection[int], options: Options
@@ -443,3 +466,8 @@ class Writing(Base):
         keys_at = torch.arange(done + new, device=self._device)[None]
         allow = keys_at[:, None] <= at[:, :, None]
         return masks(self._parts, allow, at, keys_at, self.model.dtype)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One below the other; a single one as it is: logits are large to copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
