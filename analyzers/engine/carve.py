@@ -13,7 +13,6 @@ the regression alone. The weights of the chosen experts are nearly equal, becaus
 its neurons unweighted.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
+from analyzers.engine.builtin import tell
 from analyzers.errors import ModelUnfit
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")
@@ -71,27 +71,21 @@ def make(base: Path, made: Path, told: Path, recipe: Recipe) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     dense = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     calibration, heldout = passages(CALIBRATION, tokenizer), passages(HELDOUT, tokenizer)
-    mixture = carve(dense, calibration, recipe, lambda share: _tell(told, 0.6 * share))
-    _tell(told, 0.6)
+    mixture = carve(dense, calibration, recipe, lambda share: tell(told, 0.6 * share))
+    tell(told, 0.6)
     mixture.save_pretrained(made)
     for pattern in TOKENIZER:
         for path in base.glob(pattern):
             shutil.copy(path, made)
-    _tell(told, 0.65)
+    tell(told, 0.65)
     mixture.set_experts_implementation("eager")  # the default one takes half as long again here
     found = {"perplexity_dense": perplexity(dense, heldout)}
-    _tell(told, 0.75)
+    tell(told, 0.75)
     found["perplexity"] = perplexity(mixture, heldout)
-    _tell(told, 0.85)
+    tell(told, 0.85)
     use(mixture, recipe.experts)
     found["perplexity_all"] = perplexity(mixture, heldout)
-    _tell(told, 1.0, {name: round(value, 4) for name, value in found.items()})
-
-
-def _tell(told: Path, share: float, found: dict[str, float] | None = None) -> None:
-    new = told.with_suffix(".new")
-    new.write_text(json.dumps({"share": share, "found": found}), encoding="utf-8")
-    new.replace(told)
+    tell(told, 1.0, {name: round(value, 4) for name, value in found.items()})
 
 
 def passages(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:

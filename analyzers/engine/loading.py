@@ -55,8 +55,9 @@ def load(
     quantization, dtype, device: `memory.plan` decides what is "auto". double, compute: of nf4 and
     fp4, whether their scales are quantized as well, and the dtype of the products ("auto":
     bfloat16). remote_code: whether the model may bring code of its own. The identity also says how
-    much stayed `unquantized` (share of the weights, by number). progress(what, share of 1)
-    is called with every weight; a CandorError from it (a stop) ends the loading.
+    much stayed `unquantized` (share of the weights, by number), and what a `picture` is where the
+    model writes pictures (as `digits.config` says). progress(what, share of 1) is called with every
+    weight; a CandorError from it (a stop) ends the loading.
 
     Raises: BadInput, ModelNotFound, ModelUnsafe, ModelBroken, ModelTooLarge, ModelUnfit; nothing
     stays in memory.
@@ -104,6 +105,8 @@ def _load(
         identity |= {"double": plan.double, "compute": _name(products)}
     if any(type(each).__module__.startswith("transformers_modules") for each in (model, tokenizer)):
         identity["remote_code"] = True
+    if picture := getattr(model.config, "picture", None):
+        identity["picture"] = picture
     engine = _checked(model, tokenizer, identity)
     progress(what, 1.0)
     return engine
