@@ -107,6 +107,7 @@ def test_a_lane_shows_its_own_clock_and_how_far_it_is():
     assert "width:50%" in going and "<img" not in going and "won" not in going
     before = race.head("lane", [], 0.0)
     assert "<b>0.0</b> s" in before and "<b>–</b> tokens/s" in before and "width:0%" in before
+    assert "width:50%" in race.head("lane", lane("abcd", 9.0, status="stopped").events, 0.0)
     ended = race.head("lane", lane("abcd", 9.0).events, 11.0, "faster")
     assert "<b>9.0</b> s" in ended and "width:100%" in ended
     assert " won" in ended and "faster</span>" in ended

@@ -25,7 +25,8 @@ def head(name: str, events: Sequence[Event], seconds: float, badge: str = "") ->
     ended = _ended(events)
     seconds = ended.seconds if ended else seconds
     most = started.params.get("max_new", 0) if started else 0
-    share = 1.0 if ended else tokens / most if most else 0.0
+    whole = ended is not None and ended.status == "done"
+    share = 1.0 if whole else tokens / most if most else 0.0
     rate = f"{tokens / seconds:.1f}" if tokens and seconds > 0 else "–"
     mark = f'<span class="mark">{escape(badge)}</span>' if badge else ""
     return (

@@ -152,11 +152,9 @@ def _facts(search: _Search, now: _Set) -> str:
     if now.value is not None:
         facts.append(f"matchness <b>{percent(now.value)}</b>")
     if search.tried:
-        facts.append(
-            f"<b>{len(search.tried):,}</b> {'set' if len(search.tried) == 1 else 'sets'} tried"
-        )
+        facts.append(f"{counted(len(search.tried), 'set')} tried")
     else:
-        facts.append("nothing was tried yet")
+        facts.append("not tried yet")
     return (
         f'<p class="facts">{" · ".join(facts)}</p>'
         '<p class="quiet">Matchness: the share of the first tokens of the answer that the model '
@@ -236,7 +234,7 @@ def _alone(search: _Search) -> str:
 
 
 def _level(value: float) -> int:
-    """0 where nothing is lost, 5 where less than a fifth is left."""
+    """0 where nothing is lost, 5 where at most a fifth is left."""
     return 0 if value >= 1 else min(_LEVELS, 1 + int((1 - value) * _LEVELS))
 
 

@@ -153,7 +153,8 @@
     // What was written lies above the rest.
     const order = { u: 0, r: 1, a: 2, x: 2 };
     const edges = nodes.filter((node) => node.parent);
-    edges.sort((one, other) => order[one.kind] - order[other.kind]).forEach((node) => edge(svg, node, size.column));
+    edges.sort((one, other) => order[one.kind] - order[other.kind]);
+    for (const node of edges) edge(svg, node, size.column);
     for (const node of nodes) pill(sheet, node, size, size.row > 30, pass.m);
     canvas.scrollTop = nodes[0].y - canvas.clientHeight / 2;
     // The end of the path is in sight.
@@ -176,7 +177,8 @@
     drawContext(tree.querySelector('.context'), pass);
     const drafts = (pass.t || []).length;
     tree.querySelector('.why').textContent = drafts
-      ? `Why it ended there: ${pass.why || 'not said'}.` : 'Nothing was drafted: a plain pass wrote one token.';
+      ? `Why it ended there: ${pass.why || 'not said'}.`
+      : 'Nothing was drafted: a plain pass wrote one token.';
     const said = [];
     if (drafts) {
       said.push(`accepted ${(pass.path || []).length} of ${counted(drafts, 'draft')}`);
@@ -190,8 +192,9 @@
     tree.querySelector('.figures').textContent = said.join(' · ');
     const slider = tree.querySelector('input');
     slider.value = at;
-    slider.setAttribute('aria-valuetext', `pass ${at + 1} of ${passes.length}`);
-    tree.querySelector('output').textContent = `pass ${at + 1} of ${passes.length.toLocaleString('en')}`;
+    const which = `pass ${(at + 1).toLocaleString('en')} of ${passes.length.toLocaleString('en')}`;
+    slider.setAttribute('aria-valuetext', which);
+    tree.querySelector('output').textContent = which;
     const [back, , on] = tree.querySelectorAll('button[data-move], button[data-play]');
     back.disabled = at === 0;
     on.disabled = at === passes.length - 1;
@@ -200,7 +203,8 @@
     bars.querySelector('.on')?.classList.remove('on');
     const bar = bars.children[at];
     bar.classList.add('on');
-    if (bar.offsetLeft < bars.scrollLeft || bar.offsetLeft > bars.scrollLeft + bars.clientWidth - 20) {
+    const from = bar.offsetLeft - bars.scrollLeft;
+    if (from < 0 || from > bars.clientWidth - 20) {
       bars.scrollLeft = bar.offsetLeft - bars.clientWidth / 2;
     }
   }
@@ -219,7 +223,8 @@
       bar.dataset.step = i;
       bar.style.setProperty('--n', pass.n / most);
       bar.style.setProperty('--w', waste ? wasted(pass) / waste : 0);
-      bar.title = `pass ${i + 1}: ${counted(pass.n, 'token')}, ${counted(wasted(pass), 'draft')} wasted`;
+      const lost = counted(wasted(pass), 'draft');
+      bar.title = `pass ${i + 1}: ${counted(pass.n, 'token')}, ${lost} wasted`;
     });
     tree.querySelector('.up').textContent = `▲ tokens written, up to ${most}`;
     tree.querySelector('.down').textContent = `▼ drafts wasted, up to ${waste}`;

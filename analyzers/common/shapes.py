@@ -12,7 +12,8 @@ Idea:   a shape asks a proposer for the rows behind the tree so far, and draws c
 import math
 import random
 from collections.abc import Sequence
-from heapq import heappop, heappush
+from dataclasses import dataclass, field, replace
+from heapq import heappush, heapreplace
 from itertools import count
 from typing import Protocol
 
@@ -23,8 +24,6 @@ from analyzers.common.drafts import Coin, Draft
 from analyzers.engine import Tree
 
 TESTED = "estimated chance of being tested"
-Path = tuple[int, ...]
-"""The tokens that lead to a node."""
 
 
 class Proposer(Protocol):
@@ -202,25 +201,23 @@ def dynamic(
 
     The chance is an estimate: as if each draft were accepted with the probability that it was drawn
     with. values: that of each node, known before it was drawn."""
-    growing, seed = Growing(proposer, text), rng.getrandbits(64)
-    level: list[tuple[int, Path, float]] = [(-1, (), 1.0)]
-    ended = f"{depth} levels were drafted"
+    growing = Growing(proposer, text)
+    draws = Draws(growing, rng)
+    level = [draws.first(-1, (), 1.0)]
     for _ in range(depth):
-        below = []
-        for node, path, v in level:
-            coin, d = _coin(seed, path), growing.row(node)
-            while v >= threshold and len(growing) < most:
-                id = pick(d, coin())
-                share = float(d[id])
-                below.append((growing.add(node, id, v), (*path, id), v * share))
-                v, d = v * (1 - share), without(d, id)
-        level = [one for one in below if one[-1] >= threshold]
-        if len(growing) == most:
-            ended = f"{most} nodes were drafted"
+        below: list[Pending] = []
+        while level[0].v >= threshold and len(growing) < most:
+            beside, first = draws.draw(level[0])
+            heapreplace(level, beside)
+            heappush(below, first)
+        if not below:
             break
-        if not level:
-            ended = "any other draft had too little chance of being tested"
-            break
+        level = below
+    ended = f"{depth} levels were drafted"
+    if len(growing) == most:
+        ended = f"{most} nodes were drafted"
+    elif level[0].v < threshold:
+        ended = "any other draft had too little chance of being tested"
     return growing.draft(ended, measure=TESTED)
 
 
@@ -230,28 +227,65 @@ def heap(
     """DySpec, node by node: always the child that is likeliest to be tested, until there are `most`
     nodes. By the estimate of `dynamic` the best tree of that size, at up to one pass of the draft
     model for each node."""
-    growing, seed = Growing(proposer, text), rng.getrandbits(64)
-    # -v, what decides between equals, the parent, its ids, its coins, what is left of its row
-    waiting: list[tuple[float, int, int, Path, Coin, torch.Tensor | None]]
-    waiting = [(-1.0, 0, -1, (), _coin(seed, ()), None)]
-    number = count(1)
-    while waiting and len(growing) < most:
-        v, _, node, path, coin, rest = heappop(waiting)
-        d = growing.row(node) if rest is None else rest
-        id = pick(d, coin())
-        share, child = float(d[id]), growing.add(node, id, -v)
-        if share < 1:
-            heappush(waiting, (v * (1 - share), next(number), node, path, coin, without(d, id)))
-        below = (*path, id)
-        if len(below) < depth:
-            first = v * share, next(number), child, below, _coin(seed, below), None
+    growing = Growing(proposer, text)
+    draws = Draws(growing, rng)
+    waiting = [draws.first(-1, (), 1.0)]
+    while waiting[0].v > 0 and len(growing) < most:
+        beside, first = draws.draw(waiting[0])
+        heapreplace(waiting, beside)
+        if len(first.path) < depth:
             heappush(waiting, first)
     full = len(growing) == most
     ended = f"{most} nodes were drafted" if full else f"{depth} levels were drafted"
     return growing.draft(ended, measure=TESTED)
 
 
-# Noise and coins
+@dataclass(frozen=True, order=True)
+class Pending:
+    """The next child of a node, before it is drawn. The smallest is the likeliest to be tested, and
+    of equals the one that was there first. path: the node's ids. rest: of its row, (vocab,), what
+    was not drawn; None = all."""
+
+    minus_v: float
+    number: int
+    node: int = field(compare=False)
+    path: tuple[int, ...] = field(compare=False)
+    coin: Coin = field(compare=False)
+    rest: torch.Tensor | None = field(compare=False, default=None)
+
+    @property
+    def v(self) -> float:
+        return -self.minus_v
+
+
+class Draws:
+    """Draws children for a dynamic tree. The coins of a node hang on its path alone: they are the
+    same in whatever order the nodes get their children."""
+
+    def __init__(self, growing: Growing, rng: random.Random) -> None:
+        self._growing = growing
+        self._seed = rng.getrandbits(64)
+        self._numbers = count()
+
+    def first(self, node: int, path: tuple[int, ...], v: float) -> Pending:
+        """The first child of a node."""
+        coin = random.Random(f"{self._seed} {path}").random
+        return Pending(-v, next(self._numbers), node, path, coin)
+
+    def draw(self, pending: Pending) -> tuple[Pending, Pending]:
+        """Draw it; what may come beside it (v = 0 when its row is used up) and below it."""
+        v, d = pending.v, pending.rest
+        if d is None:
+            d = self._growing.row(pending.node)
+        id = pick(d, pending.coin())
+        share, child = float(d[id]), self._growing.add(pending.node, id, v)
+        beside = replace(
+            pending, minus_v=-v * (1 - share), number=next(self._numbers), rest=without(d, id)
+        )
+        return beside, self.first(child, (*pending.path, id), v * share)
+
+
+# Noise
 
 
 def gumbels(logprobs: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
@@ -281,8 +315,3 @@ def _largest(keys: torch.Tensor, most: int) -> list[tuple[int, float]]:
 
 def _generator(rng: random.Random) -> torch.Generator:
     return torch.Generator().manual_seed(rng.getrandbits(63))
-
-
-def _coin(seed: int, path: Path) -> Coin:
-    """For the children behind a path: the same ones in whatever order the nodes are visited."""
-    return random.Random(f"{seed} {path}").random

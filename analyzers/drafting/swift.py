@@ -8,13 +8,12 @@ Idea:   an attention or feed-forward that is left out changes the text little in
         chain, with the next likeliest tokens beside it; the whole model decides.
 Differs from the source: the search has its own list (see `common.skipping`). It begins with a
         random set, not with every second layer, which in a small model drafts nothing right. The
-        ratio is .1 instead of .45, because a small model bears less; the window is 16 instead of 32
+        ratio is .1 instead of .45, because a small model bears less. The window is 16 instead of 32
         tokens and every fifth set comes from the Gaussian process instead of every 25th, because a
-        run here tries some dozens of sets, not a thousand. The first
-        token of the answer counts for matchness as well. The draft reads the target's own cache
-        instead of a copy; what it adds is cropped. When sampling, the residual is divided by its
-        exact sum, and the token behind a path that was accepted whole is drawn from the same
-        filtered distribution as all others.
+        run here tries some dozens of sets, not a thousand. The first token of the answer counts for
+        matchness as well. The draft reads the target's own cache instead of a copy; what it adds is
+        cropped. When sampling, the residual is divided by its exact sum, and the token behind a
+        path that was accepted whole is drawn from the same filtered distribution as all others.
 """
 
 import json
@@ -55,7 +54,7 @@ SURE = (0.95, 0.8, 0.5)
 
 @dataclass(frozen=True)
 class Params(Drafted):
-    """floor, length and most are the source's; its window is 32 and its ratio .45."""
+    """floor, length and most are the source's; the other numbers are ours."""
 
     ratio: float = knob(0.1, "Share of the sub-layers to leave out while drafting", lo=0, hi=1)
     floor: float = knob(0.8, "A draft ends after a token less likely than this", lo=0, hi=1)
