@@ -35,7 +35,7 @@ NEIGHBOURS_OF = 3
 @dataclass(frozen=True)
 class Limits:
     """When the search is over; the source's. good: a set better than this is good enough. patience:
-    proposals without a gain. most: proposals. every: each so manieth comes from the Gaussian
+    proposals without a gain. most: proposals. every: one in so many comes from the Gaussian
     process, 0 = none does."""
 
     good: float = 0.95

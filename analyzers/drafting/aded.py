@@ -105,7 +105,7 @@ class Adaptive:
         self._cost: Cost | None = ctx.cost
         self._rng = ctx.rng("walks")
         self._known = 0  # tokens of the text that have been learned
-        # Of all drafts, as if two good ones had been looked at before.
+        # As if one of two expected tokens had been accepted before.
         self._accepted, self._expected = 1.0, 2.0
         self._shares = 0.0
 
@@ -187,12 +187,14 @@ def _table(engine: Engine, params: Params, ctx: Context) -> tuple[Trigrams, str]
 
 
 def _tokens(engine: Engine, texts: Iterable[str], most: int) -> Iterator[list[int]]:
-    """The first `most` characters of the texts in pieces, split by the engine's tokenizer. Polls
-    stop between pieces; the few tri-grams across a seam are lost."""
+    """The first `most` characters of the texts in pieces, split by the engine's tokenizer, without
+    tokens that the model was never given. Polls stop between pieces; the few tri-grams across a
+    seam are lost."""
     for text in texts:
         for first in range(0, min(len(text), most), PIECE):
             engine.poll()
-            yield engine.tokens(text[first : min(first + PIECE, most)])
+            ids = engine.tokens(text[first : min(first + PIECE, most)])
+            yield [id for id in ids if id < engine.vocabulary.size]
         most -= len(text)
         if most <= 0:
             return

@@ -60,9 +60,11 @@ class Params(Drafted):
     floor: float = knob(0.8, "A draft ends after a token less likely than this", lo=0, hi=1)
     length: int = knob(25, "Longest draft", lo=1, hi=64, unit="tokens")
     alternatives: bool = knob(True, "Also check the next likeliest tokens beside each draft")
-    window: int = knob(16, "Sets are tried on so many tokens of the answer", lo=2, hi=256)
+    window: int = knob(
+        16, "Sets are tried on the first tokens of the answer", lo=2, hi=256, unit="tokens"
+    )
     most: int = knob(1000, "How many sets to try, one a step; 0 = do not search", lo=0, hi=1000)
-    every: int = knob(5, "Each so manieth set is the Gaussian process's; 0 = none", lo=0, hi=1000)
+    every: int = knob(5, "One set in so many is the Gaussian process's; 0 = none", lo=0, hi=1000)
     reuse: bool = knob(True, "Begin with the best set that an earlier run found")
     strip: bool = knob(False, "Measure every sub-layer by itself: what leaving it out costs")
 
