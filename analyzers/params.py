@@ -73,13 +73,9 @@ def knobs(params: type) -> list[Knob]:
     """The knobs of a Params class, in the order in which they are declared; its own come before
     those that it inherits, which many methods have."""
     hints = typing.get_type_hints(params)
-    lineage = [inspect.get_annotations(cls) for cls in params.__mro__]
-
-    def home(field: dataclasses.Field[Any]) -> int:
-        return next(i for i, declared in enumerate(lineage) if field.name in declared)
-
+    declared = [name for cls in params.__mro__ for name in inspect.get_annotations(cls)]
     rows = []
-    for field in sorted(dataclasses.fields(params), key=home):
+    for field in sorted(dataclasses.fields(params), key=lambda field: declared.index(field.name)):
         hint, meta = hints[field.name], field.metadata
         origin = typing.get_origin(hint)
         rows.append(

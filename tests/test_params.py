@@ -188,3 +188,20 @@ def test_a_field_left_empty_keeps_its_default():
     shown[form.widgets["mode"]] = "fast"
     found = build(Everything, form.values(shown))
     assert found == Everything(layers=(4, 5), mode="fast")
+
+
+def test_own_knobs_come_before_inherited_ones():
+    """In the order of their declaration, also one that is declared again."""
+
+    @dataclass(frozen=True)
+    class Shared:
+        first: int = knob(1, "", lo=0, hi=9)
+        second: int = knob(2, "", lo=0, hi=9)
+
+    @dataclass(frozen=True)
+    class Own(Shared):
+        third: int = knob(3, "", lo=0, hi=9)
+        second: int = knob(8, "", lo=0, hi=9)
+
+    assert [row.name for row in knobs(Own)] == ["third", "second", "first"]
+    assert knobs(Own)[1].default == 8

@@ -134,24 +134,19 @@ def rho(p: torch.Tensor, q: torch.Tensor, k: int) -> float:
 
     The upper end of the last interval: a smaller divisor would accept tokens more often than p has
     them. 1 at once where that suffices (one draft, p = q, nothing in common)."""
+    common = (p > 0) & (q > 0)
+    p, q = p[common], q[common]
 
-    def suffices(divisor: float, one: float, slack: float = 0.0) -> bool:
+    def suffices(divisor: float, slack: float = 0.0) -> bool:
+        one = beta(p, q, divisor)
         return divisor * one >= 1 - (1 - one) ** k - slack
 
-    if suffices(1.0, beta(p, q), NOTHING_LEFT):
+    if suffices(1.0, NOTHING_LEFT):
         return 1.0
     low, high = 1.0, float(k)
-    always, divided = 0.0, 0.0  # of tokens whose p / q is beyond the interval: their q, their p
     for _ in range(HALVINGS):
-        above, below = p >= high * q, p <= low * q
-        always, divided = always + float(q[above].sum()), divided + float(p[below].sum())
-        within = ~(above | below)
-        p, q = p[within], q[within]
         middle = (low + high) / 2
-        if suffices(middle, always + divided / middle + beta(p, q, middle)):
-            high = middle
-        else:
-            low = middle
+        low, high = (low, middle) if suffices(middle) else (middle, high)
     return high
 
 
