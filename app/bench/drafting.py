@@ -238,7 +238,7 @@ def _ways(engine: Engine, model: str, *, theirs: bool, only: Sequence[str]) -> d
     there = registry.methods()
     names = [name for name in SETTINGS if SETTINGS[name][0] in there]
     second = None
-    ways: dict[str, Way] = {PLAIN: _plain(engine)}
+    ways: dict[str, Way] = {PLAIN: plainly(engine)}
     for name in names:
         if only and name not in only:
             continue
@@ -250,7 +250,7 @@ def _ways(engine: Engine, model: str, *, theirs: bool, only: Sequence[str]) -> d
             second = second or load(model, quantization="int8")
             second.cost = second.cost or measure_cost(second, lambda: None)
             engines[ModelRef(draft)] = second
-        ways[name] = _drafting(engine, engines, method, knobs)
+        ways[name] = drafting(engine, engines, method, knobs)
     if theirs:
         loaded = bare(model, torch.bfloat16)
         layers = int(EXIT * engine.layers)
@@ -264,9 +264,10 @@ def _ways(engine: Engine, model: str, *, theirs: bool, only: Sequence[str]) -> d
     return ways
 
 
-def _plain(engine: Engine) -> Way:
+def plainly(engine: Engine, most: int = TOKENS) -> Way:
+    """Greedy, one token a pass."""
     method = registry.method("sampling")
-    params: Any = build(method.params, {"temperature": 0.0, "max_new": TOKENS})
+    params: Any = build(method.params, {"temperature": 0.0, "max_new": most})
 
     def answer(task: Task) -> Written:
         events = [e for e in method.run(engine, task, params, Context(0)) if isinstance(e, Token)]
@@ -276,15 +277,17 @@ def _plain(engine: Engine) -> Way:
     return answer
 
 
-def _drafting(
+def drafting(
     engine: Engine,
     engines: Mapping[str, Engine],
     name: str,
     knobs: Mapping[str, Any],
+    most: int = TOKENS,
 ) -> Way:
-    """What the method learns about the model is kept from one prompt to the next, as in the app."""
+    """Greedy by a drafting method. What it learns about the model is kept from one prompt to the
+    next, as in the app."""
     method, artifacts = registry.method(name), Forgotten()
-    params: Any = build(method.params, {**knobs, "temperature": 0.0, "max_new": TOKENS})
+    params: Any = build(method.params, {**knobs, "temperature": 0.0, "max_new": most})
 
     def answer(task: Task) -> Written:
         ctx = Context(0, engines=engines, cost=engine.cost, artifacts=artifacts)
