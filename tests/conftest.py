@@ -1,5 +1,6 @@
 """Shared engines and a runner on one of them. Tests never change the engines of a session."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,13 @@ from analyzers.engine import Engine, load
 from app.runner import Runner
 from sessions.store import Store
 from tests import tiny
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process a core for the whole suite, each with the default model of its own, hence no more
+    than four; none for single files, where starting them costs more than it gives."""
+    single = any(".py" in arg for arg in config.args)
+    return 0 if single else min(os.cpu_count() or 1, 4)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,12 +34,12 @@ def tiny_engine() -> Engine:
 @pytest.fixture(
     scope="session",
     params=[(family, False) for family in tiny.FAMILIES + tiny.ATTENTIVE]
-    + [(family, True) for family in tiny.FAMILIES],
+    + [(family, True) for family in tiny.INT8],
     ids=lambda param: f"{param[0]}-int8" if param[1] else param[0],
 )
 def any_engine(request) -> Engine:
-    """One tiny engine of every family, also with int8 weights (computing in float32, so that
-    equality can be asked for); and of some that are in no table."""
+    """One tiny engine of every family, and of some that are in no table; of some also with int8
+    weights (computing in float32, so that equality can be asked for)."""
     family, int8 = request.param
     return tiny.engine(family, int8=int8)
 

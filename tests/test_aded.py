@@ -320,3 +320,8 @@ def test_only_so_much_of_the_history_is_read(own_engine, monkeypatch):
     monkeypatch.setattr(aded, "PIECE", 10)
     pieces = list(aded._tokens(own_engine, ["a" * 25, "b" * 25, "c"], 32))
     assert list(map(len, pieces)) == [10, 10, 5, 7]
+
+
+def test_tokens_that_the_model_does_not_have_are_not_drafted(own_engine):
+    own_engine.vocabulary.size = 256  # as in a model with fewer rows than its tokenizer has tokens
+    assert list(aded._tokens(own_engine, ["a<|user|>b"], 99)) == [own_engine.tokens("ab")]

@@ -409,7 +409,7 @@ def test_nothing_overflows_light_or_dark_wide_or_narrow(page, width, dark, tmp_p
     page.set_viewport_size({"width": width, "height": 900})
     if dark:
         page.get_by_label("Light or dark").click()
-    ask(page, "unbreakable" * 200, tokens=4)
+    ask(page, "unbreakable" * 40, tokens=4)  # three times as wide as the widest page
     run(page)
     page.locator("#top .pick").click()
     expect(page.locator("#model-load")).to_be_visible()
@@ -451,6 +451,8 @@ def test_every_layer_is_read_while_the_text_streams_and_opens_at_a_click(page, s
 def test_answers_are_written_side_by_side_and_compared_again_later(page, served):
     ctx = served[0]
     page.get_by_role("tab", name="Compare").click()
+    # The baseline has no limit that could be set: something that is soon said.
+    page.locator("#compare-prompt textarea").fill("What is the capital of France?")
     pick(page, "compare-method-2", "–")
     page.get_by_role("button", name="Settings").first.click()
     set_length(page, 8)

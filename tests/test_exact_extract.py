@@ -28,7 +28,7 @@ from app.bench import extract as bench
 PASSAGE = "Ada met Bob in Rome. Bob met Ada in Oslo (1912)."
 QUESTION = "Who met Bob?"
 DEFAULTS = Params()
-FIFTEEN = "Mira wrote The Glass Orchard in Lagos in May."
+SHORT = "Mira wrote it in Lagos in May."
 
 
 def extract(engine: Engine, passage: str = PASSAGE, raw: bool = False, **knobs) -> list:
@@ -306,9 +306,9 @@ def test_other_impossible_tasks_are_refused(tiny_engine):
 
 
 def test_exact_is_brute_force_on_the_default_model(smollm):
-    assert len(smollm.tokens(FIFTEEN)) <= 15
-    expected = brute(smollm, FIFTEEN, 4)
-    events = extract(smollm, FIFTEEN, raw=True, longest=4)
+    assert len(smollm.tokens(SHORT)) <= 10
+    expected = brute(smollm, SHORT, 3)
+    events = extract(smollm, SHORT, raw=True, longest=3)
     best = max(expected, key=expected.__getitem__)
     assert tuple(token.id for token in surviving(events)) == best
     assert group(events, "spans")[0].logprob == pytest.approx(expected[best], abs=1e-4)

@@ -18,11 +18,12 @@ from tests import tiny
 
 TEXT = "The quick brown fox jumps over the lazy dog; twice."
 SEEN = [5, 7, 8, 9, 7, 8]
-LOOPING = [
-    "The best way to learn a language is",
-    "Once upon a time there was a king who",
-    "In this paper we",
-]
+# And after how many tokens that shows.
+LOOPING = {
+    "The best way to learn a language is": 40,
+    "Once upon a time there was a king who": 40,
+    "In this paper we": 64,
+}
 
 
 def write(engine: Engine, task: Task | str, **knobs) -> list:
@@ -229,8 +230,8 @@ def test_ends_with_the_end_token_and_at_the_window():
 
 
 def test_greedy_loops_and_momentum_does_not(smollm):
-    for text in LOOPING:
-        looped, _ = diversity(greedy(smollm, text, 64))
-        varied, _ = diversity(ids_of(write(smollm, text, max_new=64)))
+    for text, length in LOOPING.items():
+        looped, _ = diversity(greedy(smollm, text, length))
+        varied, _ = diversity(ids_of(write(smollm, text, max_new=length)))
         assert varied > looped, text
         assert varied > 60, text

@@ -101,17 +101,17 @@ def test_greedy_is_transformers_greedy_down_to_the_end_token(family):
     for prompt in (TEXT, "Once upon", "1, 2, 3,"):
         ids = engine.encode(Task(prompt))
         theirs = engine.model.generate(
-            torch.tensor([ids]), max_new_tokens=40, do_sample=False, suppress_tokens=[259, 260]
+            torch.tensor([ids]), max_new_tokens=28, do_sample=False, suppress_tokens=[259, 260]
         )[0].tolist()
-        events, why = write(engine, prompt, max_new=40, **GREEDY)
+        events, why = write(engine, prompt, max_new=28, **GREEDY)
         assert ids + ids_of(events) == theirs
         assert [event.pos for event in events] == list(range(len(ids), len(theirs)))
         if theirs[-1] == 256:
             ended += 1
-            assert why == "end token" and len(events) < 40
+            assert why == "end token" and len(events) < 28
             assert (events[-1].text, events[-1].bytes) == ("<|end|>", "")
         else:
-            assert (why, len(events)) == ("max_new reached", 40)
+            assert (why, len(events)) == ("max_new reached", 28)
     assert ended
 
 

@@ -109,7 +109,7 @@ def test_the_search_stops_at_each_of_its_limits():
     assert len(searched(lambda off: 0.9, switches=5, size=5).tried) == 1
 
 
-def test_every_so_manieth_set_is_the_gaussian_process_s():
+def test_one_set_in_so_many_is_the_gaussian_process_s():
     rng = random.Random(3)
     search = Search(12, frozenset({0, 1}), rng, Limits(every=4))
     kinds = []

@@ -144,6 +144,10 @@ _UNLISTED: dict[str, dict[str, Any]] = {
 ATTENTIVE = ("starcoder2", "olmo3", "flex_olmo", "glm4_moe")
 DENSE, MOE, UNLISTED = tuple(_DENSE), tuple(_MOE), tuple(_UNLISTED)
 FAMILIES = DENSE + MOE
+# One for each way in which int8 weights get into a model: a tied head, a head with a cap, Conv1D,
+# a Linear of the family's own, biases, a shared expert with a gate, transposed experts, and
+# compressed attention. That all of FAMILIES compute with them is tested in test_quantization.py.
+INT8 = ("qwen2", "gemma2", "gpt2", "falcon", "opt", "qwen2_moe", "gpt_oss", "deepseek_v3")
 
 
 @cache

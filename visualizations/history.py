@@ -21,8 +21,8 @@ _CELL, _TITLE = 300, 2000
 
 @dataclass(frozen=True)
 class RunRow:
-    """when: UTC, ISO 8601. mean_logprob in nats a token. size in bytes on disk. parent: the run
-    this one was continued from."""
+    """when: UTC, ISO 8601. method: as people call it. mean_logprob in nats a token. size in bytes
+    on disk. parent: the run this one was continued from."""
 
     id: str
     when: str
@@ -60,13 +60,15 @@ def render(
 
 
 def when(stamp: str) -> str:
-    """2026-11-23T10:31:07Z as 2026-11-23 10:31 UTC; what is no time comes back as it is."""
+    """2026-11-23T10:31:07Z as an element that says 2026-11-23 10:31 UTC, which the page turns into
+    the time where the visitor is; what is no time comes back as it is, escaped."""
     try:
         time = datetime.fromisoformat(stamp)
     except ValueError:
-        return stamp
+        return f"<span>{escape(stamp)}</span>"
     time = time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-    return time.strftime("%Y-%m-%d %H:%M UTC")
+    said = time.strftime("%Y-%m-%d %H:%M UTC")
+    return f'<time datetime="{time:%Y-%m-%dT%H:%M:%SZ}" title="{said}">{said}</time>'
 
 
 def _row(row: Mapping[str, Any]) -> RunRow:
@@ -92,11 +94,11 @@ def _line(run: RunRow, picked: bool) -> str:
         f"{' checked' if picked else ''}>"
         f'<button type="button" data-run="{key}">'
         f'<span class="said">{_cell("prompt", run.prompt)}{_cell("output", run.output)}</span>'
-        f'<span class="conf" title="mean confidence: geometric mean of the token probabilities">'
-        f"<b>{confidence}</b> <small>confidence</small></span>"
         f'<span class="meta">{status}<i aria-hidden="true">{sign}</i> {escape(word)}</span>'
         f"<span>{escape(run.method)}</span><span>{escape(run.model)}</span>"
-        f"<span>{' · '.join(numbers)}</span><time>{escape(when(run.when))}</time>{parent}</span>"
+        f'<span class="conf" title="mean confidence: geometric mean of the token probabilities">'
+        f"<b>{confidence}</b> confidence</span>"
+        f"<span>{' · '.join(numbers)}</span>{when(run.when)}{parent}</span>"
         "</button></li>"
     )
 

@@ -22,18 +22,22 @@ _LOOKS = (
 )
 
 
-def render(token: Token, pos_label: str, can_fork: bool, why_not: str) -> str:
+def render(token: Token, pos_label: str, can_fork: bool, why_not: str, elsewhere: str = "") -> str:
     """pos_label: what the page calls the place ("Token 12"). why_not: said when the run cannot
-    be continued from here with another token."""
+    be continued from here with another token. elsewhere: the id of the run where it can be
+    continued in History only; a button offers to open it there."""
     parts = [
         '<section class="candor candor-panel">',
         f"<h3>{escape(pos_label)} <span>{_name(token)}</span></h3>",
         f'<dl class="facts">{_facts(token)}</dl>',
     ]
     if token.top:
-        parts.append(f'<ol class="bars">{_bars(token, can_fork)}</ol>')
-        parts.append(f'<p class="note">{_note(can_fork, why_not)}</p>')
-        parts.append(f'<p class="asks">{_asks(token, can_fork)}</p>')
+        parts.append(f'<ol class="bars">{_bars(token, can_fork, bool(elsewhere))}</ol>')
+        if elsewhere:
+            parts.append(_opener(token, elsewhere))
+        else:
+            parts.append(f'<p class="note">{_note(can_fork, why_not)}</p>')
+            parts.append(f'<p class="asks">{_asks(token, can_fork)}</p>')
     else:
         parts.append('<p class="note">Nothing precedes this token, so it has no alternatives.</p>')
     return "".join([*parts, "</section>"])
@@ -76,11 +80,12 @@ def _facts(token: Token) -> str:
     )
 
 
-def _bars(token: Token, can_fork: bool) -> str:
+def _bars(token: Token, can_fork: bool, plain: bool) -> str:
+    """plain: without buttons."""
     bars = []
     for place, (token_id, text, logprob) in enumerate(token.top, start=1):
         written = token_id == token.id
-        button = "" if written else _button(token, token_id, text, can_fork)
+        button = "" if written or plain else _button(token, token_id, text, can_fork)
         bars.append(_bar(place, text, logprob, button, written))
     if all(token_id != token.id for token_id, _, _ in token.top) and token.logprob is not None:
         bars.append(_bar(token.rank, token.text, token.logprob, "", written=True, apart=True))
@@ -94,7 +99,7 @@ def _bar(
     classes = " ".join(
         name for name, on in (("bar", True), ("me", written), ("apart", apart)) if on
     )
-    end = button or '<span class="here" title="written here">written</span>'
+    end = '<span class="here" title="written here">written</span>' if written else button
     return (
         f'<li class="{classes}"><span class="n">{"" if place is None else f"{place:,}"}</span>'
         f'<span class="w">{_word(text)}</span>'
@@ -122,6 +127,14 @@ def _asks(token: Token, can_ask: bool) -> str:
         f'<button type="button" data-ask="{method}" data-at="{token.pos}"{disabled}'
         f' title="{title}">{label}</button>'
         for method, label, title in _LOOKS
+    )
+
+
+def _opener(token: Token, run: str) -> str:
+    return (
+        f'<p class="asks"><button type="button" data-run="{escape(run)}" data-at="{token.pos}">'
+        "Open in History</button></p>"
+        '<p class="note">There this run can be continued from here with another token.</p>'
     )
 
 

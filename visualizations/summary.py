@@ -1,17 +1,17 @@
 """What the numbers of a finished run add up to."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from analyzers.trace import MAIN, Event, RunEnded, Token, surviving
 from visualizations.signals import probability
-from visualizations.text import duration, escape, number, percent, quoted
+from visualizations.text import counted, escape, number, percent, quoted
 
 Trust = Mapping[str, tuple[float, float]]
 """Name of a card's signal -> (AUROC for "the answer is right", half of its 95 % interval)."""
 
-_UNMEASURED = "Whether a high number means a right answer has not been measured for this model"
+_UNMEASURED = "Whether these numbers tell right answers from wrong ones: not measured yet"
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class Summary:
 
     tokens: how many count. forced: how many of these were set by hand. uncounted: tokens without
     a log-probability. least: (position, text, probability) of the least sure token. truncated:
-    the answer was cut off, why: for what reason. per_second counts every token made, undone ones
-    included.
+    the answer was cut off, why: for what reason.
     """
 
     tokens: int
@@ -36,8 +35,6 @@ class Summary:
     max_entropy: float | None
     truncated: bool
     why: str
-    seconds: float | None
-    per_second: float | None
 
 
 def summarize(events: Iterable[Event], lane: str = MAIN) -> Summary:
@@ -49,17 +46,16 @@ def summarize(events: Iterable[Event], lane: str = MAIN) -> Summary:
     events = list(events)
     tokens = surviving(events, lane)
     answer = [token for token in tokens if token.origin != "read"] or tokens
-    counted = [(token, token.logprob) for token in answer if token.logprob is not None]
+    known = [(token, token.logprob) for token in answer if token.logprob is not None]
     entropies = [token.entropy for token in answer if token.entropy is not None]
     ended = next((event for event in events if isinstance(event, RunEnded)), None)
-    seconds = ended.seconds if ended and ended.seconds > 0 else None
-    total = math.fsum(logprob for _, logprob in counted) if counted else None
-    mean = None if total is None else total / len(counted)
-    least = min(counted, key=lambda pair: pair[1])[0] if counted else None
+    total = math.fsum(logprob for _, logprob in known) if known else None
+    mean = None if total is None else total / len(known)
+    least = min(known, key=lambda pair: pair[1])[0] if known else None
     return Summary(
-        tokens=len(counted),
-        forced=sum(token.origin == "forced" for token, _ in counted),
-        uncounted=len(answer) - len(counted),
+        tokens=len(known),
+        forced=sum(token.origin == "forced" for token, _ in known),
+        uncounted=len(answer) - len(known),
         logprob=total,
         mean_logprob=mean,
         # A mean so low that e^-mean has no float is shown as none rather than as infinity.
@@ -70,13 +66,12 @@ def summarize(events: Iterable[Event], lane: str = MAIN) -> Summary:
         max_entropy=max(entropies, default=None),
         truncated=ended is not None and _cut(ended),
         why="" if ended is None else ended.reason or ended.status,
-        seconds=seconds,
-        per_second=ended.tokens / seconds if ended and seconds and ended.tokens else None,
     )
 
 
 def render(summary: Summary, trust: Trust | None = None) -> str:
-    """Cards with number, unit and direction; `trust` has the AUROC of those that were measured.
+    """Cards with number, unit and direction; `trust` has the AUROC of those that were measured,
+    and a line below says of which it was not.
 
     Names in `trust`: logprob, perplexity, least, mean_entropy.
     """
@@ -91,14 +86,18 @@ def render(summary: Summary, trust: Trust | None = None) -> str:
             f'<p class="flag"><b>Cut off</b> ({escape(summary.why)}): the model had not ended its '
             "answer, so the numbers leave out how sure it was to stop there.</p>"
         )
+    shown, trust = list(_cards(summary)), trust or {}
     cards = "".join(
         f'<div class="card"><dt>{label}</dt><dd><b>{value}</b> {unit}</dd>'
-        f"<dd>{detail}</dd><dd>{direction}</dd><dd>{_badge(trust or {}, name)}</dd></div>"
-        for name, label, value, unit, detail, direction in _cards(summary)
+        f"<dd>{detail}</dd><dd>{direction}</dd>{_badge(trust, name)}</div>"
+        for name, label, value, unit, detail, direction in shown
     )
+    unmeasured = [label for name, label, *_ in shown if name not in trust]
+    notes = [*_left_out(summary), *_not_measured(unmeasured, len(shown))]
+    said = f'<p class="note">{" · ".join(notes)}</p>' if notes else ""
     return (
         f'<section class="candor candor-summary">{flag}<dl class="cards">{cards}</dl>'
-        f'<p class="note">{_counts(summary)}</p></section>'
+        f"{said}</section>"
     )
 
 
@@ -131,22 +130,23 @@ def _cards(summary: Summary) -> Iterable[tuple[str, str, str, str, str, str]]:
 
 def _badge(trust: Trust, name: str) -> str:
     if name not in trust:
-        return f'<span class="badge" title="{_UNMEASURED}">not measured yet</span>'
+        return ""
     auroc, half = trust[name]
     # An interval that holds 0.5 cannot be told from tossing a coin.
     if auroc - half <= 0.5:
-        return f'<span class="badge no">at chance: {auroc:.2f} ± {half:.2f}</span>'
-    return f'<span class="badge ok">AUROC {auroc:.2f} ± {half:.2f}</span>'
+        return f'<dd><span class="badge no">at chance: {auroc:.2f} ± {half:.2f}</span></dd>'
+    return f'<dd><span class="badge ok">AUROC {auroc:.2f} ± {half:.2f}</span></dd>'
 
 
-def _counts(summary: Summary) -> str:
-    parts = [f"{summary.tokens:,} token{'s' * (summary.tokens != 1)}"]
+def _left_out(summary: Summary) -> Iterable[str]:
+    """How the tokens that count here differ from all of the answer."""
     if summary.forced:
-        parts.append(f"{summary.forced:,} of them set by hand")
+        yield f"{summary.forced:,} of {counted(summary.tokens, 'token')} set by hand"
     if summary.uncounted:
-        parts.append(f"{summary.uncounted:,} without a number left out")
-    if summary.seconds is not None:
-        parts.append(duration(summary.seconds))
-    if summary.per_second is not None:
-        parts.append(f"{summary.per_second:.1f} tokens/s")
-    return " · ".join(parts)
+        yield f"{counted(summary.uncounted, 'token')} without a number left out"
+
+
+def _not_measured(labels: Sequence[str], all: int) -> Iterable[str]:
+    if labels:
+        of = "" if len(labels) == all else f" ({', '.join(labels)})"
+        yield f"{_UNMEASURED}{of}"

@@ -177,7 +177,7 @@ element.addEventListener('click', (event) => {
   else if ('ask' in data) trigger('select', { ask: data.ask, pos: Number(data.at) });
   else if ('fork' in data) trigger('select', { fork: Number(data.fork), pos: Number(data.at) });
   else if ('turn' in data) trigger('select', { turn: Number(data.turn) });
-  else trigger('select', { run: data.run });
+  else trigger('select', 'at' in data ? { run: data.run, pos: Number(data.at) } : { run: data.run });
 });
 
 element.addEventListener('change', (event) => {

@@ -40,7 +40,7 @@ COMFORT = 0.6
 INT8_DTYPE = torch.bfloat16
 """What int8 models compute in on a CPU. torch's kernel is vectorised for it alone: in float32 a row
 takes it about ten times as long."""
-FEW_ROWS = 4
+FEW_ROWS = 8
 """Up to here torch's int8 kernel is the fastest: it takes four rows at once, and its time grows
 with every four."""
 SOME_ROWS = 64

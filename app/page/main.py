@@ -32,6 +32,7 @@ from app.page.tabs.race import RaceTab
 from app.page.widgets import PLOTLY
 from app.runner import ModelChoice, Runner
 from sessions.store import Store
+from visualizations import origin
 from visualizations.text import human_size
 
 ASKING = (
@@ -43,7 +44,7 @@ ASKING = (
         "logit_lens",
         ask.OPEN_PROMPT,
     ),
-    Asking("Drafting", "drafting", ("drafting",), "draft_model", COPY_PROMPT),
+    Asking("Drafting", "drafting", ("drafting",), "draft_model", COPY_PROMPT, origin.NAME),
 )
 """The tabs that ask, in their order."""
 
@@ -56,16 +57,16 @@ def build(ctx: PageContext) -> gr.Blocks:
 
     with gr.Blocks(title="Candor", analytics_enabled=False, fill_width=True) as page:
         bar = ModelBar(ctx)
-        with gr.Tabs() as tabs:
+        with gr.Tabs(overflow_behavior="wrap") as tabs:  # the style sheet makes it scroll instead
             for asking in ASKING:
                 with gr.Tab(asking.title, id=asking.name):
                     ask.build(ctx, bar.can_chat, asking)
             with gr.Tab("Race", id="race"):
-                RaceTab(ctx, bar.can_chat)
+                race = RaceTab(ctx, bar.can_chat)
             with gr.Tab("Compare", id="compare"):
                 beside = CompareTab(ctx, bar.can_chat)
             with gr.Tab("History", id="history") as tab:
-                history.build(ctx, tab, tabs, beside)
+                history.build(ctx, tab, tabs, beside, race)
         bar.greet(page)
         page.unload(closed)
     return page

@@ -1,4 +1,5 @@
-// Small things the page does by itself: Ctrl+Enter, copying, and light or dark.
+// Small things the page does by itself: Ctrl+Enter, going to what was started, copying, and light
+// or dark.
 document.addEventListener('keydown', (event) => {
   if (event.key !== 'Enter' || !(event.ctrlKey || event.metaKey)) return;
   const runs = [...document.querySelectorAll('button.candor-run')];
@@ -7,6 +8,15 @@ document.addEventListener('keydown', (event) => {
     event.preventDefault();
     run.click();
   }
+});
+
+// On a narrow page the run lies screens below the button that starts or opens it, and above the one
+// that continues it.
+document.addEventListener('click', (event) => {
+  const started = event.target.closest('.candor-run, .candor-runs [data-run], [data-fork]');
+  const result = started?.closest('.candor-page')?.querySelector('.candor-result');
+  const top = result?.getBoundingClientRect().top;
+  if (top < 0 || top > window.innerHeight / 2) result.scrollIntoView({behavior: 'smooth'});
 });
 
 window.candorCopy = async (text) => {

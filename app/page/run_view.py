@@ -11,7 +11,7 @@ from analyzers.errors import BadInput, CandorError
 from analyzers.trace import Event, RunStarted, Token, surviving, text_of
 from app.command import as_command
 from app.page.context import PageContext
-from app.page.widgets import QUIET, chart, chosen, figures, growing, segments, view, words
+from app.page.widgets import QUIET, chart, chosen, enabled, figures, growing, segments, view, words
 from app.runner import UPDATE_SECONDS, Fork, Job, ModelChoice, Run, Update
 from sessions.numbers import export_csv
 from visualizations import (
@@ -168,26 +168,28 @@ class RunView:
         }
 
 
-def build_view(ctx: PageContext, name: str) -> RunView:
-    """Draw an empty view; `name` makes its ids."""
+def build_view(ctx: PageContext, name: str, tint: str = PROBABILITY.name) -> RunView:
+    """Draw an empty view; `name` makes its ids. tint: the signal that is shown first."""
     scope = f"#{name}-view"
-    with gr.Row(elem_id=f"{name}-view", elem_classes="candor-scope by-probability"):
+    with gr.Row(elem_id=f"{name}-view", elem_classes=f"candor-scope by-{tint}"):
         with gr.Column(scale=5, min_width=340, elem_classes="candor-middle"):
             with gr.Column(elem_classes="candor-card"):
                 with gr.Row(elem_classes="candor-bar"):
-                    signal = segments([*TINTS, ORIGIN], PROBABILITY.name, "Tint by")
+                    signal = segments([*TINTS, ORIGIN], tint, "Tint by")
                     spaces = gr.Checkbox(
                         False, label="Show white space", container=False, min_width=150, scale=0
                     )
-                key = words(legend.render(PROBABILITY))
+                key = words(_legend(tint))
                 asked = words("", elem_id=f"{name}-asked")
                 answer = growing(elem_id=f"{name}-answer", elem_classes="candor-text")
                 state = words("", elem_id=f"{name}-state", elem_classes="candor-state")
                 plot = chart(elem_id=f"{name}-curve")
                 with gr.Row(elem_classes="candor-actions"):
-                    copy = gr.Button("Copy answer", size="sm")
-                    command = gr.Button("Copy as command", size="sm")
-                    save = gr.Button("Numbers as CSV", size="sm", elem_id=f"{name}-save")
+                    copy = gr.Button("Copy answer", size="sm", interactive=False)
+                    command = gr.Button("Copy as command", size="sm", interactive=False)
+                    save = gr.Button(
+                        "Numbers as CSV", size="sm", interactive=False, elem_id=f"{name}-save"
+                    )
                 saved = gr.File(label="Numbers", visible=False, elem_id=f"{name}-saved")
             layers = growing(elem_id=f"{name}-lens", elem_classes="candor-growing")
             within = figures(elem_id=f"{name}-inside", elem_classes="candor-views")
@@ -214,7 +216,12 @@ def build_view(ctx: PageContext, name: str) -> RunView:
         return gr.File(str(out), visible=True)
 
     save.click(write, [run_id], [saved], **QUIET)
-    run_id.change(lambda: gr.File(visible=False), None, [saved], **QUIET)
+    run_id.change(
+        lambda id: [gr.File(visible=False), *[enabled(id)] * 3],
+        [run_id],
+        [saved, copy, command, save],
+        **QUIET,
+    )
     signal.change(None, signal, None, js=PICK_SIGNAL % scope)
     signal.change(recolour, [run_id, signal], [key, plot], **QUIET)
     spaces.change(None, spaces, None, js=SHOW_SPACE % scope)
@@ -271,17 +278,22 @@ def _curve(events: Sequence[Event], name: str) -> str:
 
 
 def token_panel(
-    ctx: PageContext, run_id: str, pos: int | None, row: int | None = None, why_not: str = ""
+    ctx: PageContext, run_id: str, pos: int | None, row: int | None = None, elsewhere: bool = False
 ) -> str:
     """The token at `pos`, what else was likely there, and what the views inside know of it (and of
-    one row of it). why_not: why the run cannot be continued from here, if the caller says so."""
+    one row of it). elsewhere: the run can be continued in History only."""
     events = _events(ctx, run_id)
     found = [token for token in surviving(events) if token.pos == pos]
     if not found or pos is None:
         return panel.empty()
-    if not why_not and ctx.runner.live(run_id):
-        why_not = "the run still goes on"
-    token = panel.render(found[0], f"Token {pos}", can_fork=not why_not, why_not=why_not)
+    live = ctx.runner.live(run_id)
+    token = panel.render(
+        found[0],
+        f"Token {pos}",
+        can_fork=not live,
+        why_not="the run still goes on",
+        elsewhere=run_id if elsewhere and not live else "",
+    )
     more = inside.detail(events, pos, row)
     return more + token if row is not None else token + more
 

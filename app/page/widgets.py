@@ -8,6 +8,8 @@ import gradio as gr
 from visualizations.assets import js
 
 PLOTLY = "/candor/plotly.min.js"
+RESULT = "candor-result"
+"""The class of the column that shows runs: where they are started, the page goes there."""
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Options of a listener that is only for the page."""
 ENGINE: dict[str, Any] = {
@@ -89,6 +91,20 @@ _GROW = """
 }
 """
 
+LOCAL_TIMES = """
+{
+  const form = new Intl.DateTimeFormat([], {dateStyle: 'medium', timeStyle: 'short'});
+  const tell = () => {
+    for (const time of element.querySelectorAll('time[datetime]')) {
+      time.textContent = form.format(new Date(time.dateTime));
+    }
+  };
+  watch('value', tell);
+  tell();
+}
+"""
+"""For a view with times: what Python wrote in UTC is shown as the visitor's clock has it."""
+
 
 def segments(choices: Sequence[tuple[str, Any]], value: Any, label: str, **kwargs: Any) -> gr.Radio:
     """Radio buttons as one segmented control, without a visible label."""
@@ -103,10 +119,11 @@ def segments(choices: Sequence[tuple[str, Any]], value: Any, label: str, **kwarg
     )
 
 
-def view(value: str = "", **kwargs: Any) -> gr.HTML:
+def view(value: str = "", script: str = "", **kwargs: Any) -> gr.HTML:
     """HTML of our own making, with one delegated listener; its `select` brings what was clicked:
-    {pos}, {pos, row}, {pos, fork}, {pos, ask}, {turn}, {run} or {picked}."""
-    return gr.HTML(value, js_on_load=js(), apply_default_css=False, **kwargs)
+    {pos}, {pos, row}, {pos, fork}, {pos, ask}, {turn}, {run}, {run, pos} or {picked}. script: a
+    block of its own that comes first."""
+    return gr.HTML(value, js_on_load=script + js(), apply_default_css=False, **kwargs)
 
 
 def growing(**kwargs: Any) -> gr.HTML:
@@ -147,6 +164,11 @@ def chart(**kwargs: Any) -> gr.HTML:
         head=f'<script src="{PLOTLY}" defer></script>',
         **kwargs,
     )
+
+
+def enabled(needed: Any) -> gr.Button:
+    """A button that can be pressed once there is something for it to work on."""
+    return gr.Button(interactive=bool(needed))
 
 
 def chosen(event: gr.EventData) -> dict[str, Any]:

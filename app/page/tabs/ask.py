@@ -15,13 +15,14 @@ from analyzers.card import Family
 from analyzers.errors import BadInput
 from analyzers.task import Task, chat
 from analyzers.trace import RunStarted, Turn, text_of
+from app.page import methods
 from app.page.context import PageContext
 from app.page.forms import build_form
 from app.page.run_view import Outputs, build_view
-from app.page.widgets import ENGINE, QUIET, chosen, segments, view, words
+from app.page.widgets import ENGINE, QUIET, RESULT, chosen, enabled, segments, view, words
 from app.runner import Job, Run
 from visualizations import status, turns
-from visualizations.text import escape
+from visualizations.signals import PROBABILITY
 
 FIRST_PROMPT = "What is the capital of Kenya, and since when?"
 OPEN_PROMPT = "Is it dangerous to swallow chewing gum?"
@@ -37,13 +38,14 @@ MODES = [("Chat", "chat"), ("Text", "raw")]
 @dataclass(frozen=True)
 class Asking:
     """What makes one of these tabs: its title, the name that makes the ids of its widgets, the
-    families of its methods, and the method and the prompt that are offered first."""
+    families of its methods, and the method, the prompt and the tint that are offered first."""
 
     title: str
     name: str
     families: tuple[Family, ...]
     method: str
     prompt: str
+    tint: str = PROBABILITY.name
 
 
 def build(ctx: PageContext, can_chat: gr.State, asking: Asking) -> None:
@@ -76,8 +78,8 @@ class AskTab:
                 interactive=False,
                 elem_id=self._id("continue"),
             )
-        with gr.Column(scale=7, min_width=340):
-            self.shown = build_view(ctx, self.name)
+        with gr.Column(scale=7, min_width=340, elem_classes=RESULT):
+            self.shown = build_view(ctx, self.name, asking.tint)
         self.earlier = gr.State(())
         self._listen()
 
@@ -147,9 +149,6 @@ class AskTab:
                 min_width=80,
             )
             self.halt = gr.Button("Stop", interactive=False, elem_id=self._id("stop"), min_width=80)
-        words(
-            '<p class="candor-hint">Grey: Stop while nothing runs, Continue before an answer.</p>'
-        )
 
     def _draw_method(self) -> None:
         self.method = gr.Dropdown(
@@ -158,7 +157,7 @@ class AskTab:
             label="Method",
             elem_id=self._id("method"),
         )
-        self.about = words(_about(self.methods[self.first]))
+        self.about = words(methods.about(self.methods[self.first]))
         self.forms = [build_form(each, name == self.first) for name, each in self.methods.items()]
         with gr.Row(elem_classes="candor-seed"):
             self.seed = gr.Textbox(
@@ -170,7 +169,12 @@ class AskTab:
                 min_width=120,
             )
             self.again = gr.Button(
-                "Use last", size="sm", scale=1, min_width=80, elem_id=self._id("again")
+                "Use last",
+                size="sm",
+                scale=1,
+                min_width=80,
+                interactive=False,
+                elem_id=self._id("again"),
             )
 
     def _listen(self) -> None:
@@ -204,6 +208,7 @@ class AskTab:
             self.fit_model, [self.can_chat, self.method], [self.mode, self.text_only], **QUIET
         )
         self.mode.change(self.pick_mode, [self.mode], [self.system_box, self.talk], **QUIET)
+        shown.run_id.change(enabled, [shown.run_id], [self.again], **QUIET)
         self.again.click(self.last_seed, [shown.run_id], [self.seed], **QUIET)
 
     # What happens
@@ -264,7 +269,7 @@ class AskTab:
         boxes = [gr.Textbox(visible=each in picked.card.takes) for each in self.inputs]
         groups = [gr.Column(visible=form.method.name == name) for form in self.forms]
         kind = picked.card.starts_as if can_chat else "raw"
-        return [_about(picked), kind, asked, *boxes, *groups]
+        return [methods.about(picked), kind, asked, *boxes, *groups]
 
     def fit_model(self, can_chat: bool, method: str) -> list[Any]:
         """Offer what the model can: a text always, a chat where it has a template for one."""
@@ -316,11 +321,3 @@ def read_seed(given: str | None) -> int | None:
     if not text.isdecimal():
         raise BadInput(f"The seed must be a whole number, not {text[:40]!r}.")
     return int(text)
-
-
-def _about(method: registry.Method) -> str:
-    head = method.about.splitlines()[0].partition(": ")[2]
-    return (
-        f'<p class="candor-about" title="Source: {escape(method.card.source)}">'
-        f"{escape(head[:1].upper() + head[1:])}</p>"
-    )

@@ -15,7 +15,7 @@ from app.page.run_view import PICK_SIGNAL, TINTS, Outputs
 from app.page.tabs import lanes
 from app.page.tabs.ask import OPEN_PROMPT
 from app.page.tabs.lanes import LanesTab
-from app.page.widgets import QUIET, segments, words
+from app.page.widgets import QUIET, RESULT, segments, words
 from app.runner import Job, Run
 from visualizations import compare, legend
 from visualizations.compare import Lane
@@ -47,7 +47,7 @@ class CompareTab(LanesTab):
                 gr.Column(elem_classes="candor-card"),
             ):
                 self._draw_form()
-            with gr.Column(scale=7, min_width=340, elem_id="compare-view"):
+            with gr.Column(scale=7, min_width=340, elem_id="compare-view", elem_classes=RESULT):
                 self._draw_answers()
         fields: set[Any] = {self.baseline, *self.picks}
         fields |= {w for forms in self.forms for form in forms for w in form.widgets.values()}

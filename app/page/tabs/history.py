@@ -1,17 +1,29 @@
 """The History tab: find, open, replay, export, import and delete what was recorded."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import uuid4
 
 import gradio as gr
 
 from analyzers.errors import CandorError
+from app.page import methods
 from app.page.context import PageContext
-from app.page.run_view import Outputs, build_view
+from app.page.run_view import Outputs, build_view, token_panel
 from app.page.tabs.compare import CompareTab
-from app.page.widgets import ENGINE, QUIET, chosen, segments, view, words
+from app.page.tabs.lanes import LanesTab
+from app.page.widgets import (
+    ENGINE,
+    LOCAL_TIMES,
+    QUIET,
+    RESULT,
+    chosen,
+    enabled,
+    segments,
+    view,
+    words,
+)
 from sessions.export import export_jsonl, import_jsonl
 from visualizations import history, status
 from visualizations.text import counted, human_size
@@ -22,16 +34,19 @@ Picked = tuple[str, ...]
 """Ids of the ticked runs."""
 
 
-def build(ctx: PageContext, tab: gr.Tab, tabs: gr.Tabs, beside: CompareTab) -> None:
-    """tab: this one, of all `tabs`. beside: where ticked runs are compared."""
+def build(ctx: PageContext, tab: gr.Tab, tabs: gr.Tabs, beside: CompareTab, race: LanesTab) -> None:
+    """tab: this one, of all `tabs`. beside: where ticked runs are compared. Runs of it, and of the
+    `race`, are opened here."""
     with gr.Row(elem_classes="candor-page"):
-        HistoryTab(ctx, tab, tabs, beside)
+        HistoryTab(ctx, tab, tabs, beside, race)
 
 
 class HistoryTab:
     """The widgets of the tab, and what they do. `replaying`: session -> the replay it watches."""
 
-    def __init__(self, ctx: PageContext, tab: gr.Tab, tabs: gr.Tabs, beside: CompareTab) -> None:
+    def __init__(
+        self, ctx: PageContext, tab: gr.Tab, tabs: gr.Tabs, beside: CompareTab, race: LanesTab
+    ) -> None:
         self.ctx = ctx
         self.tabs, self.beside = tabs, beside
         self.replaying: dict[str, float] = {}
@@ -40,11 +55,11 @@ class HistoryTab:
             gr.Column(elem_classes="candor-card"),
         ):
             self._draw_list()
-        with gr.Column(scale=9, min_width=340):
+        with gr.Column(scale=9, min_width=340, elem_classes=RESULT):
             self._draw_replay()
             self.shown = build_view(ctx, "history")
         self.picked = gr.State(())
-        self._listen(tab)
+        self._listen(tab, [beside, race])
 
     # What is seen
 
@@ -58,14 +73,14 @@ class HistoryTab:
             elem_id="search",
         )
         self.disk = words("", elem_id="disk")
-        self.rows = view("", elem_id="runs")
+        self.rows = view("", script=LOCAL_TIMES, elem_id="runs")
         with gr.Row(elem_classes="candor-actions"):
-            self.compare = gr.Button("Compare ticked", size="sm", elem_id="compare-ticked")
-            self.export = gr.Button("Export ticked", size="sm", elem_id="export")
+            self.compare = _ticked("Compare ticked", "compare-ticked")
+            self.export = _ticked("Export ticked", "export")
             self.load = gr.UploadButton(
                 "Import", size="sm", file_types=[".jsonl"], elem_id="import"
             )
-            self.delete = gr.Button("Delete ticked", size="sm", elem_id="delete")
+            self.delete = _ticked("Delete ticked", "delete")
         self.file = gr.File(label="Exported runs", visible=False, elem_id="exported")
         self.said = words("", elem_id="history-said")
         with gr.Row(visible=False, elem_classes="candor-actions") as self.sure:
@@ -74,16 +89,27 @@ class HistoryTab:
 
     def _draw_replay(self) -> None:
         with gr.Row(elem_classes="candor-bar candor-replay"):
-            self.replay = gr.Button("Replay", size="sm", elem_id="replay", scale=0, min_width=90)
+            self.replay = gr.Button(
+                "Replay", size="sm", elem_id="replay", scale=0, min_width=90, interactive=False
+            )
             self.speed = segments(SPEEDS, 4.0, "Speed")
             self.halt = gr.Button("Stop", size="sm", scale=0, min_width=70, elem_id="replay-stop")
 
-    def _listen(self, tab: gr.Tab) -> None:
+    def _listen(self, tab: gr.Tab, lanes: Sequence[LanesTab]) -> None:
         shown, asked = self.shown, [self.search, self.picked]
         listed = [self.disk, self.rows]
         tab.select(self.find, asked, listed, **QUIET)
         self.search.change(self.find, asked, listed, trigger_mode="always_last", **QUIET)
         self.rows.select(self.choose, [shown.signal], [self.picked, *shown.outputs], **QUIET)
+        ticked = [self.compare, self.export, self.delete]
+        self.picked.change(
+            lambda picked: [enabled(picked)] * len(ticked), [self.picked], ticked, **QUIET
+        )
+        shown.run_id.change(enabled, [shown.run_id], [self.replay], **QUIET)
+        for lane in lanes:
+            lane.panel.select(
+                self.bring, [shown.signal], [self.tabs, *shown.outputs], **QUIET
+            ).then(self.find, asked, listed, **QUIET)
         self.replay.click(
             self.play, [shown.run_id, self.speed, shown.signal], shown.outputs, **QUIET
         )
@@ -114,7 +140,11 @@ class HistoryTab:
         total = self.ctx.store.count(query)
         rest = f" · the newest {len(found)} shown" if total > len(found) else ""
         disk = human_size(self.ctx.store.size())
-        rows = [vars(run) | {"when": run.created, "prompt": run.prompt_text} for run in found]
+        rows = [
+            vars(run)
+            | {"when": run.created, "prompt": run.prompt_text, "method": methods.title(run.method)}
+            for run in found
+        ]
         return [
             _said(f"{counted(total, 'run')}{rest} · {disk} on disk"),
             history.render(rows, picked, query),
@@ -130,6 +160,15 @@ class HistoryTab:
             return self.shown.show(at["run"], signal)
         except CandorError as error:
             return {self.shown.state: status.problem(str(error))}
+
+    def bring(self, signal: str, event: gr.EventData, request: gr.Request) -> Iterator[Outputs]:
+        """A run of another tab is opened here, at the token that was chosen there."""
+        at = chosen(event)
+        if "run" in at:
+            self.replaying.pop(request.session_hash or "", None)
+            opened = token_panel(self.ctx, at["run"], at["pos"])
+            here = {self.tabs: gr.Tabs(selected="history")}
+            yield here | self.shown.show(at["run"], signal) | {self.shown.panel: opened}
 
     def play(
         self, run_id: str, speed: float, signal: str, request: gr.Request
@@ -183,6 +222,11 @@ class HistoryTab:
             return gr.Row(visible=False), status.problem(str(error)), picked
         said = f"{counted(len(picked), 'run')} deleted, {human_size(freed)} given back to the disk."
         return gr.Row(visible=False), _said(said), ()
+
+
+def _ticked(label: str, name: str) -> gr.Button:
+    """A button for the ticked runs, so none at first."""
+    return gr.Button(label, size="sm", interactive=False, elem_id=name)
 
 
 def _said(text: str) -> str:

@@ -20,8 +20,6 @@ from app.runner import Job, Run, Together, Update
 from visualizations import panel, status, tokens
 from visualizations.text import escape
 
-WHY_NOT_HERE = "open this run in History for that"
-
 
 class LanesTab:
     """The widgets of such a tab, and what they do.
@@ -197,9 +195,7 @@ class LanesTab:
             if place >= len(ids):
                 return panel.empty()
             at = chosen(event)
-            return token_panel(
-                self.ctx, ids[place], at.get("pos"), at.get("row"), why_not=WHY_NOT_HERE
-            )
+            return token_panel(self.ctx, ids[place], at.get("pos"), at.get("row"), elsewhere=True)
 
         return open_token
 

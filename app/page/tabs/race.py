@@ -8,12 +8,13 @@ import gradio as gr
 from analyzers import registry
 from analyzers.params import build, knobs
 from analyzers.trace import Event
+from app.page import methods
 from app.page.context import PageContext
 from app.page.forms import build_form
 from app.page.run_view import Outputs
 from app.page.tabs import lanes
 from app.page.tabs.lanes import LanesTab
-from app.page.widgets import QUIET, words
+from app.page.widgets import QUIET, RESULT, words
 from app.runner import Job, Run
 from visualizations import origin, race
 from visualizations.compare import Lane
@@ -60,7 +61,7 @@ class RaceTab(LanesTab):
                 gr.Column(elem_classes="candor-card"),
             ):
                 self._draw_form()
-            with gr.Column(scale=7, min_width=340, elem_id="race-view"):
+            with gr.Column(scale=7, min_width=340, elem_id="race-view", elem_classes=RESULT):
                 self._draw_track()
         widgets = {widget for form in self.forms for widget in form.widgets.values()}
         self._listen({self.method, *widgets})
@@ -69,7 +70,6 @@ class RaceTab(LanesTab):
 
     def _draw_form(self) -> None:
         self._draw_prompt(PROMPT, "Race")
-        self._draw_state()
         first = FIRST_METHOD if FIRST_METHOD in self.methods else next(iter(self.methods))
         self.method = gr.Dropdown(
             [(each.card.title, name) for name, each in self.methods.items()],
@@ -77,10 +77,12 @@ class RaceTab(LanesTab):
             label="Drafts against plain decoding",
             elem_id="race-method",
         )
+        self.about = words(methods.about(self.methods[first]))
         self.forms = [build_form(each, name == first) for name, each in self.methods.items()]
         self._draw_seed()
 
     def _draw_track(self) -> None:
+        self._draw_state()
         self.verdict = words("", elem_id="race-verdict")
         heads = [race.head(name, [], 0.0) for name in (PLAINLY, "With drafts")]
         self._draw_lanes(heads, f"by-{origin.NAME}")
@@ -92,6 +94,9 @@ class RaceTab(LanesTab):
         super()._listen(fields)
         groups = [form.group for form in self.forms]
         self.method.change(lanes.shown(self.forms), [self.method], groups, **QUIET)
+        self.method.change(
+            lambda name: methods.about(self.methods[name]), [self.method], [self.about], **QUIET
+        )
 
     @property
     def outputs(self) -> list[Any]:
