@@ -1,5 +1,6 @@
 """Benchmarks give rows of the documented shape and refuse what they cannot do; nothing is timed."""
 
+import json
 import math
 import os
 import shutil
@@ -11,7 +12,7 @@ import torch
 from analyzers.engine import load
 from analyzers.errors import BadInput, CandorError
 from app import bench
-from app.bench import decode, fork, lens, page, score
+from app.bench import decode, drafting, fork, lens, lossless, page, score
 from app.cli import main
 from tests import tiny
 
@@ -269,3 +270,89 @@ def test_page_says_which_browser_to_install(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(BadInput, match="apt install chromium"):
         page.measure(silent, tokens=1, rounds=1)
+
+
+WAYS = ("prompt_lookup", "draft_model, int8", drafting.THEIR_LOOKUP)
+
+
+@pytest.fixture
+def spec_bench(tmp_path, monkeypatch):
+    """Three prompts in two categories, six tokens each; what is done is kept in a folder."""
+    lines = [("writing", "one two one two"), ("writing", "again and again"), ("rag", "a b a b")]
+    text = "\n".join(json.dumps({"category": c, "turns": [t, "and?"]}) for c, t in lines)
+    (tmp_path / drafting.FILE).write_text(text)
+    monkeypatch.setenv("CANDOR_HOME", str(tmp_path))
+    monkeypatch.setattr(drafting, "TOKENS", 6)
+    monkeypatch.setattr(drafting, "measure_cost", lambda engine, poll: tiny.COST)
+    return str(tmp_path)
+
+
+def test_drafting_compares_every_way_by_category(folder, spec_bench):
+    rows = named(drafting.measure(silent, model=str(folder), data=spec_bench, ways=WAYS))
+    for name in ("bfloat16", "auto"):
+        for category in ("overall", "writing", "rag"):
+            plain = rows[f"{name}, {category}: plain"]
+            lookup = rows[f"{name}, {category}: prompt_lookup"]
+            assert lookup["baseline"] == plain["value"] > 0
+            assert 1 <= rows[f"{name}, {category}: prompt_lookup, M"]["value"] <= 6
+    assert rows["bfloat16, overall: plain"]["n"] == 3
+    assert rows["bfloat16, rag: plain"]["n"] == 1
+    assert f"bfloat16, rag: {drafting.THEIR_LOOKUP}" in rows
+    best = [each for each in rows if each.startswith("bfloat16: the best")]
+    assert len(best) == 1 and rows[best[0]]["target"] == drafting.TARGET
+    assert not list((folder / "bench").glob("*"))
+
+
+def test_a_part_of_the_prompts_has_every_category(spec_bench):
+    prompts = drafting.read(spec_bench)
+    assert drafting.stratified(prompts, 2) == [prompts[0], prompts[2]]
+    assert drafting.stratified(prompts, 0) == [prompts[0], prompts[2], prompts[1]]
+    with pytest.raises(BadInput, match="--data or CANDOR_DATA must name"):
+        drafting.read(spec_bench + "/nowhere")
+
+
+def test_an_interrupted_benchmark_goes_on(folder, spec_bench, monkeypatch):
+    """What was done is not done again, and a torn last line is."""
+    answered: list[str] = []
+    plainly = drafting.plainly
+
+    def counting(engine):
+        way = plainly(engine)
+
+        def answer(task):
+            answered.append(task.prompt[-1]["content"])
+            if len(answered) == 3:  # the warm-up, the first prompt, the second
+                raise KeyboardInterrupt
+            return way(task)
+
+        return answer
+
+    monkeypatch.setattr(drafting, "plainly", counting)
+    with pytest.raises(KeyboardInterrupt):
+        drafting.measure(silent, model=str(folder), data=spec_bench, ways=("prompt_lookup",))
+    (kept,) = (drafting.database_path().parent / "bench").glob("*.jsonl")
+    whole = kept.read_text()
+    assert len(whole.splitlines()) == 2
+    kept.write_text(whole + whole[:20])
+    first = answered[1]
+    answered[:] = ["", "", "", *answered]
+    rows = drafting.measure(silent, model=str(folder), data=spec_bench, ways=("prompt_lookup",))
+    check(rows)
+    own = answered[6 : answered.index("Say hello.", 7)]
+    assert own == ["Say hello.", *own[1:]] and first not in own and len(own) == 3
+
+
+def test_lossless_checks_every_method_that_verifies(folder, monkeypatch):
+    monkeypatch.setattr(lossless, "TOKENS", 4)
+    rows = named(lossless.measure(silent, model=str(folder), limit=2))
+    checked = {name.partition(":")[0] for name in rows}
+    assert checked >= {"prompt_lookup", "token_recycling", "swift", "spectr", "rsd", "dyspec"}
+    assert "superposed_lane" not in checked
+    assert all(rows[f"{name}: plain text"]["value"] == 100 for name in checked)
+    assert len(lossless.prompts()) >= 30
+
+
+def test_options_go_to_the_benchmarks_that_take_them():
+    with pytest.raises(BadInput, match="The benchmark fork takes no --limit"):
+        bench.run("fork", silent, limit=3)
+    assert main(["bench", "fork", "--limit", "3"]) == 2

@@ -182,9 +182,9 @@ def test_the_folder_is_an_ordinary_mixture(dense, tmp_path, monkeypatch, texts):
     tiny.tokenizer().save_pretrained(base)
     monkeypatch.setattr(carve, "passages", lambda path, tokenizer: texts[:3])
     shares = []
-    tell = carve._tell
+    tell = carve.tell
     monkeypatch.setattr(
-        carve, "_tell", lambda told, *what: shares.append(what[0]) or tell(told, *what)
+        carve, "tell", lambda told, *what: shares.append(what[0]) or tell(told, *what)
     )
     carve.make(base, made, told, RECIPE)
     assert shares == sorted(shares) and shares[-1] == 1.0

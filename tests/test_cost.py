@@ -91,7 +91,7 @@ def test_the_numbers_are_those_of_the_passes(own_engine, clock):
         assert ratio == pytest.approx((10 + n) / 11, abs=1e-3)
     assert cost.prefill == pytest.approx(1e3 * CHUNK / (10 + CHUNK), abs=0.1)
     assert cost.memory == own_engine.memory
-    once = [1] * STEPS + [4, 16, 64]
+    once = [1] * STEPS + [*AT_ONCE[1:]]
     assert clock.passes[1:] == once * (ROUNDS + 1) + [CHUNK] * (PREFILLS + 1)
 
 
@@ -99,7 +99,7 @@ def test_a_slow_model_is_measured_less(own_engine, clock):
     clock.slow = 1000  # a step takes 11 s
     cost = measure(own_engine, no_poll)
     assert cost.step_ms == 11_000 and cost.v(4) == pytest.approx(14 / 11, abs=1e-3)
-    assert clock.passes[1:] == ([1] * STEPS + [4, 16, 64]) * 2 + [CHUNK] * 2
+    assert clock.passes[1:] == ([1] * STEPS + [*AT_ONCE[1:]]) * 2 + [CHUNK] * 2
 
 
 def test_passes_are_measured_behind_a_text_that_stays_as_long(own_engine, monkeypatch):
@@ -118,7 +118,7 @@ def test_passes_are_measured_behind_a_text_that_stays_as_long(own_engine, monkey
 def test_a_small_window_leaves_out_what_it_cannot_hold(own_engine, clock):
     own_engine.context = 40
     cost = measure(own_engine, no_poll)
-    assert [n for n, _ in cost.verify] == [1, 4, 16]
+    assert [n for n, _ in cost.verify] == [1, 2, 4, 8, 16]
     assert cost.v(16) == pytest.approx(26 / 11, abs=1e-3) and max(clock.passes) == 39
 
 

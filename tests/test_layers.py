@@ -35,7 +35,7 @@ class Layer:
 # The first that fits a file counts; a folder that is not here has no rule and fails.
 LAYERS = (
     Layer("analyzers/home.py", VALUES, ("platformdirs",)),
-    Layer("analyzers/engine/digits.py", (*VALUES, *HOME, "analyzers.engine"), (*LEARNING, "sklearn")),
+    Layer("analyzers/engine/digits.py", (*VALUES, "analyzers.engine"), (*LEARNING, "sklearn")),
     Layer("analyzers/engine/", (*VALUES, *HOME, "analyzers.engine"), LEARNING),
     Layer("analyzers/common/", (*VALUES, "analyzers.engine", "analyzers.common"), LEARNING),
     Layer(

@@ -21,6 +21,7 @@ from analyzers.evaluation.multiple_choice import (
     read_truthfulqa,
 )
 from analyzers.task import Task
+from app import bench
 from app.bench import truthful
 
 TABLE = """Type,Question,Best Answer,Correct Answers,Incorrect Answers
@@ -30,7 +31,7 @@ a,"Where, then?",Nowhere,Here,There
 
 
 def table(folder: Path, text: str = TABLE) -> Path:
-    path = folder / "questions.csv"
+    path = folder / "truthfulqa.csv"
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -180,11 +181,11 @@ def test_the_hint_stands_behind_the_last_question_only(tiny_engine):
 
 
 def test_the_benchmark_has_every_method_with_intervals(tiny_engine, tmp_path, monkeypatch):
-    monkeypatch.setenv(truthful.DATA, str(table(tmp_path)))
+    table(tmp_path)
     monkeypatch.setattr(truthful, "load", lambda *args, **options: tiny_engine)
     monkeypatch.setattr(truthful, "prompt", lambda question: f"Q: {question}\nA:")  # 512 tokens
     said: list[str] = []
-    rows = truthful.measure(said.append, count=2)
+    rows = truthful.measure(said.append, data=str(tmp_path), limit=2)
     assert said[-1] == "Question 2 of 2"
     for name in ("model alone", "dola", "lol", "lqcd"):
         for measure in ("MC1", "MC2", "MC3"):
@@ -197,11 +198,11 @@ def test_the_benchmark_has_every_method_with_intervals(tiny_engine, tmp_path, mo
 
 
 def test_the_benchmark_shuffles_with_its_seed_and_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.delenv(truthful.DATA, raising=False)
-    with pytest.raises(BadInput, match="CANDOR_TRUTHFULQA must name"):
-        truthful.chosen(3)
+    monkeypatch.delenv(bench.DATA, raising=False)
+    with pytest.raises(BadInput, match="CANDOR_DATA must name a folder"):
+        truthful.chosen(3, "")
     many = "".join(f"a,Q{n}?,Yes,Yes,No\n" for n in range(40))
-    monkeypatch.setenv(truthful.DATA, str(table(tmp_path, TABLE + many)))
-    names = [question.question for question in truthful.chosen(100)]
+    monkeypatch.setenv(bench.DATA, str(table(tmp_path, TABLE + many).parent))
+    names = [question.question for question in truthful.chosen(100, "")]
     assert len(set(names)) == 42 and names != sorted(names)
-    assert [question.question for question in truthful.chosen(5)] == names[:5]
+    assert [question.question for question in truthful.chosen(5, "")] == names[:5]

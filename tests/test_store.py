@@ -74,7 +74,9 @@ EVERY_KIND: tuple[Event, ...] = (
     Lens(2, ("layer 1", "layer 2"), (((1, "x", -0.1),), ()), (0.25, -0.5), picked=1),
     Scores(2, "attention", "share", (0, 1, "head 2"), (0.5, 0.25, 0.25)),
     Routing(2, 0, (3, 5), (0.75, 0.25), label="weak"),
-    DraftTree(2, (1, 2), ("a", "b"), (-1, 0), (-0.5, None), (None, -2.0), (0,), 5, "end", 1.5, 2.5),
+    DraftTree(
+        2, (1, 2), ("a", "b"), (-1, 0), (-0.5, None), (None, -2.0), (0,), 5, "end", verify_ms=2.5
+    ),
     SearchNode(0, None, "root", None, 0.5, 2.0, 1, "open", {"why": {"deep": (1,)}}, ("j1",)),
     Candidate("c1", "samples", "maybe", None),
     Judgement("j1", "c1", "self", 0.5, (0.0, 1.0, "better", True), "yes", 0.9, "since", 2, 3.5),

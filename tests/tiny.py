@@ -15,6 +15,7 @@ from transformers import (
 
 from analyzers.engine import Engine
 from analyzers.engine.adapters import attention_implementation
+from analyzers.engine.cost import Cost
 from analyzers.engine.quantization import quantize
 from analyzers.engine.text import _BYTES
 
@@ -24,6 +25,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CONTEXT = 512
+COST = Cost(10.0, ((1, 1.0), (16, 1.5), (64, 3.0)), 1000.0, 1)
+"""What passes could cost: drafts pay."""
 SIZES = {
     "vocab_size": 256 + len(SPECIAL) + 2,  # two padding rows that are no tokens
     "hidden_size": 32,
