@@ -91,18 +91,19 @@ def _run(args: argparse.Namespace) -> int:
         runner = Runner(store, remote_code=args.allow_remote_code, measure=False)
         try:
             run = runner.submit(job)
+            beside: list[str] = []
             for update in run.updates():
                 for stamped in update.new:
                     if args.json:
                         print(event_line(stamped))
                     else:
-                        _show(stamped.event)
+                        _show(stamped.event, beside)
                 if update.unsaved:
                     _say(update.unsaved)
                 sys.stdout.flush()
         finally:
             runner.close()
-        return _status_of(run.events[-1].event, run.id, quiet=args.json)
+        return _status_of(run.events[-1].event, run.id, beside, quiet=args.json)
 
 
 def _methods(args: argparse.Namespace) -> int:
@@ -373,20 +374,23 @@ def _store() -> "Iterator[Store]":
         store.close()
 
 
-def _show(event: Any) -> None:
+def _show(event: Any, beside: list[str]) -> None:
+    """Print the text as it comes; what is said beside it waits in `beside` for its end."""
     from analyzers.trace import MAIN, Metric, Note, Token
 
     if isinstance(event, Token) and event.lane == MAIN:
         print(event.text if event.bytes else "", end="")
     elif isinstance(event, Note):
-        _say(event.text)
+        beside.append(event.text)
     elif isinstance(event, Metric):
-        _say(f"{event.name}: {event.value:.4g} {event.unit}".rstrip())
+        beside.append(f"{event.name}: {event.value:.4g} {event.unit}".rstrip())
 
 
-def _status_of(ended: Any, id: str, quiet: bool) -> int:
+def _status_of(ended: Any, id: str, beside: Sequence[str], quiet: bool) -> int:
     if not quiet:
         print()
+        for line in beside:
+            _say(line)
         _say(
             f"{ended.status}: {ended.reason} · {ended.tokens} tokens in {ended.seconds:.1f} s"
             f" · run {id}"

@@ -213,7 +213,7 @@ def test_the_help_names_every_quantization(call, capsys, monkeypatch):
 
 
 def test_an_interrupt_stops_the_run_and_records_its_ending(call, monkeypatch):
-    def interrupt(event: object) -> None:
+    def interrupt(event: object, beside: list[str]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("app.cli._show", interrupt)

@@ -210,3 +210,11 @@ def test_the_style_is_its_own_and_has_no_lists_in_is():
     bare = re.sub(r"/\*.*?\*/", "", sheet, flags=re.S)
     for selectors in re.findall(r"([^{}]+)\{", bare):
         assert all(part.strip().startswith(".x-picture") for part in selectors.split(","))
+
+
+def test_a_picture_grows_while_it_is_drawn():
+    """It is drawn again with every update; the other views wait for the end of the run."""
+    begun = run()[:4]
+    assert inside.growing(begun).count("<svg") == 3
+    assert inside.growing(run()) != inside.growing(begun)
+    assert inside.growing(begun[1:]) == ""

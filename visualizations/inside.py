@@ -2,8 +2,8 @@
 
 A view is a module with TITLE, DRAWS (the kinds it reads), `fits(events)` and `render(events)`; it
 may have `figures(events)`, charts below its HTML, and `detail(events, pos, row)`, what it knows of
-one token for the panel at the side. SHOWS_LANES says that it shows the other lanes itself. A new
-view is a line in VIEWS.
+one token for the panel at the side. SHOWS_LANES says that it shows the other lanes itself; GROWS,
+that it is small enough to be drawn again while the run goes on. A new view is a line in VIEWS.
 """
 
 from collections.abc import Sequence
@@ -57,6 +57,12 @@ def fitting(events: Sequence[Event]) -> list[ModuleType]:
 def render(events: Sequence[Event]) -> str:
     """Every fitting view but the live one as a card with its charts; "" if there is none."""
     return "".join(_card(view, events) for view in fitting(events) if view is not LIVE)
+
+
+def growing(events: Sequence[Event]) -> str:
+    """Of a run that goes on: the views that are drawn again with every update."""
+    views = [view for view in VIEWS if getattr(view, "GROWS", False)]
+    return "".join(_card(view, events) for view in views if view.fits(events))
 
 
 def detail(events: Sequence[Event], pos: int, row: int | None = None) -> str:

@@ -10,6 +10,7 @@ from visualizations.text import counted, escape, number, percent
 
 TITLE = "The picture, pixel by pixel"
 DRAWS: tuple[type[Event], ...] = (RunStarted,)
+GROWS = True
 
 _MOST = 64  # pixels in a row or column; a picture of more would be no picture in this size
 # How a pixel came to be -> what the key says, and its mark besides the colour.

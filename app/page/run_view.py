@@ -100,17 +100,13 @@ class RunView:
             yield from self.run(ask, request, signal)
 
     def _follow(self, run: Run, signal: str) -> Iterator[Outputs]:
-        text, layers = tokens.TokenView(), lens.LensView()
+        growth = Growth(self)
         yield self._blank() | {self.state: status.waiting(0), self.answer: _text("", live=True)}
         try:
             for update in run.updates():
                 new = [stamped.event for stamped in update.new]
-                yield {
-                    self.run_id: run.id,
-                    self.answer: text.add(new),
-                    self.lens: _titled(layers.add(new)),
-                    self.state: _live(run, update),
-                }
+                beside = {self.run_id: run.id, self.state: _live(run, update)}
+                yield growth.add(new) | beside
         except CandorError as error:
             yield {self.state: status.problem(str(error)), self.answer: _text(live=False)}
             return
@@ -128,7 +124,7 @@ class RunView:
     ) -> Iterator[Outputs]:
         """The recorded run token by token, `speed` times as fast as it was; needs no model."""
         stamped = self.ctx.runner.events(run_id)
-        text, layers = tokens.TokenView(), lens.LensView()
+        growth = Growth(self)
         began, shown = time.monotonic(), 0
         asked = turns.asked([each.event for each in stamped])
         yield self._blank() | {self.run_id: run_id, self.asked: asked}
@@ -136,12 +132,8 @@ class RunView:
             now = (time.monotonic() - began) * speed
             due = [each for each in stamped[shown:] if each.t <= now]
             shown += len(due)
-            new = [each.event for each in due]
-            yield {
-                self.answer: text.add(new),
-                self.lens: _titled(layers.add(new)),
-                self.state: status.replaying(shown, len(stamped), speed),
-            }
+            state = {self.state: status.replaying(shown, len(stamped), speed)}
+            yield growth.add([each.event for each in due]) | state
             time.sleep(UPDATE_SECONDS)
         yield self.show(run_id, signal)
 
@@ -166,6 +158,25 @@ class RunView:
             self.summary: summary.render(summary.summarize([])),
             self.panel: panel.empty(),
         }
+
+
+class Growth:
+    """What grows in a view while the events of a run come in."""
+
+    def __init__(self, shown: RunView) -> None:
+        self._shown = shown
+        self._text, self._layers = tokens.TokenView(), lens.LensView()
+        self._events: list[Event] = []
+
+    def add(self, new: Sequence[Event]) -> Outputs:
+        self._events += new
+        grown: Outputs = {
+            self._shown.answer: self._text.add(new),
+            self._shown.lens: _titled(self._layers.add(new)),
+        }
+        if drawn := inside.growing(self._events):
+            grown[self._shown.inside] = drawn
+        return grown
 
 
 def build_view(ctx: PageContext, name: str, tint: str = PROBABILITY.name) -> RunView:
