@@ -304,6 +304,9 @@ def test_history_searches_opens_replays_exports_and_deletes(page, served, tmp_pa
     page.get_by_role("tab", name="History").click()
     page.locator("#search").locator("input, textarea").fill("zanzibar")
     expect(page.locator("#runs [data-run]")).to_have_count(1)
+    time = page.locator("#runs time")
+    expect(time).not_to_contain_text("UTC")  # the visitor's own time
+    assert "UTC" in time.get_attribute("title")
     page.locator("#runs [data-run]").click()
     expect(tokens(page, "history")).to_have_count(len(surviving(events)))
     for row in ctx.runner.residents():
@@ -411,6 +414,7 @@ def test_nothing_overflows_light_or_dark_wide_or_narrow(page, width, dark, tmp_p
         page.get_by_label("Light or dark").click()
     ask(page, "unbreakable" * 40, tokens=4)  # three times as wide as the widest page
     run(page)
+    expect(page.locator("#generate-answer")).to_be_in_viewport()  # the page went there
     page.locator("#top .pick").click()
     expect(page.locator("#model-load")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -464,8 +468,10 @@ def test_answers_are_written_side_by_side_and_compared_again_later(page, served)
     ids = [run.id for run in ctx.store.runs(limit=2)]
     assert {ctx.store.run(id).params["temperature"] for id in ids} == {0.0, 0.7}
     page.locator("#compare-text-1 .t").first.click()
-    expect(page.locator("#compare-panel")).to_contain_text("open this run in History")
-    page.get_by_role("tab", name="History").click()
+    page.locator("#compare-panel").get_by_text("Open in History").click()
+    expect(page.locator("#history-panel [data-fork]").first).to_be_visible()
+    expect(tokens(page, "history").first).to_be_visible()
+    expect(page.locator("#compare-ticked")).to_be_disabled()
     for id in ids:
         page.locator(f'#runs [data-pick="{id}"]').check()
     page.locator("#compare-ticked").click()

@@ -11,12 +11,17 @@ import pytest
 
 from analyzers.engine.sources import Listed
 from analyzers.errors import BadInput, ModelNotFound, Stopped
+from analyzers.task import Task
+from analyzers.trace import surviving
 from app.page import main, model_bar, theme
 from app.page.context import PageContext
 from app.page.main import ASKING
 from app.page.model_bar import ModelBar
 from app.page.tabs.ask import AskTab
-from app.runner import ModelChoice, Update
+from app.page.tabs.compare import CompareTab
+from app.page.tabs.history import HistoryTab
+from app.page.tabs.race import RaceTab
+from app.runner import Job, ModelChoice, Update
 from visualizations import header
 
 
@@ -198,6 +203,39 @@ def test_an_example_gives_way_to_that_of_the_method_and_ones_own_prompt_stays(ba
         for name in ("exact_extract", "sampling")
     }
     assert shown == {"exact_extract": True, "sampling": False}
+
+
+def test_drafting_shows_first_who_proposed_a_token(bar):
+    with gr.Blocks():
+        tabs = {each.name: AskTab(bar.ctx, gr.State(True), each) for each in ASKING}
+    assert {name: tab.shown.signal.value for name, tab in tabs.items()} == {
+        "generate": "probability",
+        "layers": "probability",
+        "drafting": "origin",
+    }
+
+
+def test_what_is_for_ticked_or_opened_runs_waits_for_one(runner):
+    """A run of another tab opens here at its token, where it can be continued."""
+    going = runner.submit(Job("sampling", Task("Hello"), {"max_new": 3}))
+    going.finish()
+    run = going.id
+    ctx = PageContext(runner, runner.store, ModelChoice())
+    can_chat = gr.State(True)
+    with gr.Blocks(), gr.Tabs() as tabs, gr.Tab() as tab:
+        beside, race = CompareTab(ctx, can_chat), RaceTab(ctx, can_chat)
+        shown = HistoryTab(ctx, tab, tabs, beside, race)
+    buttons = (shown.compare, shown.export, shown.delete, shown.replay)
+    assert not any(button.interactive for button in buttons)
+    listing = shown.find("", ())[1]
+    assert "<span>Sampling</span>" in listing and "<time datetime=" in listing
+    token = surviving([each.event for each in runner.events(run)])[1]
+    at = gr.EventData(None, {"run": run, "pos": token.pos})
+    (opened,) = shown.bring("probability", at, HERE)
+    assert opened[tabs].selected == "history" and opened[shown.shown.run_id] == run
+    assert f"Token {token.pos}" in opened[shown.shown.panel]
+    assert "data-fork" in opened[shown.shown.panel]
+    assert list(shown.bring("probability", gr.EventData(None, {"pos": 1}), HERE)) == []
 
 
 def test_models_in_memory_are_used_and_unloaded(bar):

@@ -133,7 +133,7 @@ def run(engine, task, params, ctx):
 def drafting(monkeypatch) -> Method:
     for name, needs in (("unchecked", ("logits",)), ("made_up", ("logits", "tree"))):
         card = Card("Made up", "drafting", "made up", (Token,), needs)
-        made = Method(name, card, Params, run, "")
+        made = Method(name, card, Params, run, "Made up: it drafts a token.")
         monkeypatch.setitem(registry.methods(), name, made)
     monkeypatch.setattr(tab, "FIRST_METHOD", "made_up")
     return made

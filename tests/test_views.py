@@ -285,7 +285,7 @@ def test_no_view_runs_what_was_written(text: str):
         history.render([row], {text}) + history.render([], query=text),
         {"ul", "li", "input", "button", "span", "b", "small", "i", "time", "div", "p"},
         {"class", "type", "data-pick", "data-run", "aria-label", "aria-hidden", "checked",
-         "title", "dir"},
+         "title", "dir", "datetime"},
     )  # fmt: skip
     assert [a["data-run"] for _, a in seen.tags if "data-run" in a] == [shown(text)]
 
@@ -319,6 +319,14 @@ def test_panel_offers_every_alternative_but_the_written():
     assert not any("disabled" in a for a in buttons)
     disabled = panel.render(token(12, " b", 0.25, top=top), "Token 3", False, "no model <here>")
     assert disabled.count(" disabled") == 2 + 2 and "no model &lt;here&gt;" in disabled
+
+
+def test_panel_of_a_run_beside_others_offers_to_open_it():
+    top = ((5, " a", math.log(0.5)), (7, " b", math.log(0.25)))
+    drawn = panel.render(token(12, " b", 0.25, top=top), "Token 3", True, "", elsewhere='"run"')
+    buttons = [a for tag, a in Seen(drawn).tags if tag == "button"]
+    assert [(a["data-run"], a["data-at"]) for a in buttons] == [('"run"', "12")]
+    assert drawn.count("<li") == 2
 
 
 def test_panel_asks_for_methods_that_look_at_the_token():
@@ -366,11 +374,12 @@ def test_summary_of_a_worked_example():
     assert (found.perplexity, found.mean_probability) == pytest.approx((4.0, 0.25))
     assert found.least == (12, "<|im_end|>", pytest.approx(0.125))
     assert (found.mean_entropy, found.max_entropy) == (2.0, 3.0)
-    assert (found.truncated, found.seconds, found.per_second) == (False, 0.5, 8.0)
+    assert not found.truncated
     drawn = Seen(summary.render(found)).text
     for part in ("−4.2", "−1.39 nats a token", "4.00", "25 %", "2.00", "highest 3.00"):
         assert part in drawn
-    assert drawn.count("not measured yet") == 4 and "1 of them set by hand" in drawn
+    assert drawn.count("not measured yet") == 1 and "1 of 3 tokens set by hand" in drawn
+    assert "1 token without a number left out" in drawn
 
 
 def test_what_was_only_read_counts_when_nothing_was_written():
@@ -399,6 +408,7 @@ def test_trust_says_when_a_number_is_at_chance():
     drawn = summary.render(found, {"logprob": (0.82, 0.06), "perplexity": (0.48, 0.08)})
     assert '"badge ok">AUROC 0.82 ± 0.06' in drawn
     assert '"badge no">at chance: 0.48 ± 0.08' in drawn
+    assert "not measured yet (least sure token, mean entropy)" in drawn
 
 
 def test_summary_of_nothing():
@@ -443,7 +453,10 @@ def test_history_says_what_a_run_was():
     for part in ("2026-11-23 10:31 UTC", "61 %", "48 kB", "1 token ·", "↯ interrupted", "Nairobi."):
         assert part in text
     assert " checked>" in drawn and 'data-run="01K"' in drawn
-    assert history.when("yesterday") == "yesterday"
+    assert '<time datetime="2026-11-23T10:31:07Z" title="2026-11-23 10:31 UTC">' in drawn
+    assert history.when("<b>yesterday") == "<span>&lt;b&gt;yesterday</span>"
+    going = history.render([row | {"status": "running", "tokens": None, "seconds": None}])
+    assert "▸ running" in Seen(going).text and "token" not in Seen(going).text
     assert history.render([]).count("No runs yet") == 1
     assert "Nothing found for ‘&lt;x&gt;’" in history.render([], query="<x>")
 
@@ -524,7 +537,9 @@ def test_script_selects_moves_and_survives_rendering():
         pytest.skip("no chromium on this machine")
     pieces = [token(7, "", bytes="f09f"), token(8, "🙂", bytes="9982")]
     answer = tokens.render([token(4, "The"), token(5, " <b>"), token(6, " cap"), *pieces])
-    other = panel.render(token(5, " <b>"), "Token 2", True, "") + history.render(
+    other = panel.render(token(5, " <b>"), "Token 2", True, "")
+    other += panel.render(token(5, " <b>"), "Token 2", True, "", elsewhere="c")
+    other += history.render(
         [history.RunRow("a", "", "m", "m", "p"), history.RunRow("b", "", "m", "m", "p")]
     )
     page_html = (
@@ -552,10 +567,11 @@ def test_script_selects_moves_and_survives_rendering():
         page.locator('[data-i="8"]').click(position={"x": 1, "y": 8})  # the piece before it
         page.locator("[data-fork]").click()
         page.locator('[data-run="b"]').click()
+        page.locator('[data-run="c"]').click()
         page.locator('[data-pick="a"]').check()
         assert page.evaluate("seen") == [
             {"pos": 5}, {"pos": 8}, {"pos": 7}, {"fork": 8, "pos": 5}, {"run": "b"},
-            {"picked": ["a"]},
+            {"run": "c", "pos": 5}, {"picked": ["a"]},
         ]  # fmt: skip
         # Rendering anew takes classes and attributes back; the choice stays.
         page.evaluate("html => { a.innerHTML = html; again.forEach((done) => done()); }", answer)
@@ -602,6 +618,8 @@ def test_state_says_how_far_and_how_it_ended():
     assert "10 tokens · 5.0 tokens/s · seed 3" in status.writing(10, 2.0, 3)
     assert "Interrupted" in status.ended([], "01K")
     done = status.ended([RunEnded("done", "end token", 4, 4, 2.0)], "01KABCDEFGHIJ")
+    cut = status.ended([RunEnded("done", "max_new reached", 4, 5, 2.0)], "01K")
+    assert "Done: limit of new tokens reached" in cut and "max_new" not in cut
     assert "Done: end token · 4 tokens in 2.00 s, 2.0 a second" in done and "01KABCDEFG…" in done
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from visualizations.text import clipped, duration, escape, human_size, percent
+from visualizations.text import clipped, counted, duration, escape, human_size, percent
 
 _STATUS = {
     "done": ("✓", "done"),
@@ -22,7 +22,7 @@ _CELL, _TITLE = 300, 2000
 @dataclass(frozen=True)
 class RunRow:
     """when: UTC, ISO 8601. method: as people call it. mean_logprob in nats a token. size in bytes
-    on disk. parent: the run this one was continued from."""
+    on disk. parent: the run this one was continued from. tokens, seconds: None while it goes on."""
 
     id: str
     when: str
@@ -31,7 +31,7 @@ class RunRow:
     prompt: str
     output: str = ""
     status: str = "done"
-    tokens: int = 0
+    tokens: int | None = 0
     seconds: float | None = None
     mean_logprob: float | None = None
     size: int | None = None
@@ -84,21 +84,20 @@ def _line(run: RunRow, picked: bool) -> str:
     parent = ""
     if run.parent:
         parent = f'<span title="continued from run {escape(run.parent)}">↪ continued</span>'
-    numbers = [f"{run.tokens:,} token{'s' * (run.tokens != 1)}"]
+    numbers = [] if run.tokens is None else [counted(run.tokens, "token")]
     if run.seconds is not None:
         numbers.append(duration(run.seconds))
-    if run.size is not None:
-        numbers.append(human_size(run.size))
+    size = "" if run.size is None else f"<span>{human_size(run.size)}</span>"
     return (
         f'<li><input type="checkbox" data-pick="{key}" aria-label="{label}"'
         f"{' checked' if picked else ''}>"
         f'<button type="button" data-run="{key}">'
         f'<span class="said">{_cell("prompt", run.prompt)}{_cell("output", run.output)}</span>'
         f'<span class="meta">{status}<i aria-hidden="true">{sign}</i> {escape(word)}</span>'
-        f"<span>{escape(run.method)}</span><span>{escape(run.model)}</span>"
-        f'<span class="conf" title="mean confidence: geometric mean of the token probabilities">'
-        f"<b>{confidence}</b> confidence</span>"
-        f"<span>{' · '.join(numbers)}</span>{when(run.when)}{parent}</span>"
+        f"<span>{escape(run.method)}</span>"
+        '<span class="conf" title="mean confidence: geometric mean of the token probabilities">'
+        f"<b>{confidence}</b> confidence</span><span>{escape(run.model)}</span>"
+        f"<span>{' · '.join(numbers)}</span>{when(run.when)}{size}{parent}</span>"
         "</button></li>"
     )
 

@@ -6,6 +6,12 @@ from analyzers.trace import Event, Note, RunEnded, RunStarted
 from visualizations.text import duration, escape
 
 _SAID = {"done": "✓ Done", "stopped": "■ Stopped", "failed": "✕ Failed"}
+_REASONS = {"max_new reached": "limit of new tokens reached"}
+
+
+def reason(ended: RunEnded) -> str:
+    """Why a run ended, in words; its status where no reason is known."""
+    return _REASONS.get(ended.reason, ended.reason or ended.status)
 
 
 def waiting(ahead: int) -> str:
@@ -54,7 +60,7 @@ def ended(events: Sequence[Event], run_id: str, unsaved: str | None = None) -> s
         return _line("failed", said) + notes
     rate = f", {end.tokens / end.seconds:.1f} a second" if end.seconds and end.tokens else ""
     count = f"{end.tokens:,} tokens in {duration(end.seconds)}{rate}"
-    said = f"{_SAID[end.status]}: {escape(end.reason)} · {count}{seed} · {saved}"
+    said = f"{_SAID[end.status]}: {escape(reason(end))} · {count}{seed} · {saved}"
     warning = problem(unsaved) if unsaved else ""
     return _line(end.status, said) + notes + warning
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from analyzers.trace import MAIN, Event, RunEnded, Token, surviving
 from visualizations.signals import probability
+from visualizations.status import reason
 from visualizations.text import counted, escape, number, percent, quoted
 
 Trust = Mapping[str, tuple[float, float]]
@@ -65,7 +66,7 @@ def summarize(events: Iterable[Event], lane: str = MAIN) -> Summary:
         mean_entropy=math.fsum(entropies) / len(entropies) if entropies else None,
         max_entropy=max(entropies, default=None),
         truncated=ended is not None and _cut(ended),
-        why="" if ended is None else ended.reason or ended.status,
+        why="" if ended is None else reason(ended),
     )
 
 

@@ -21,7 +21,8 @@ ENGINE: dict[str, Any] = {
 ahead, and not in Gradio's queue."""
 
 # A chart is figure data in the component's value, which the template never shows; plotly.js draws
-# it beside, and a click on a point selects the token in every view of the same scope.
+# it beside, and a click on a point selects the token in every view of the same scope. One drawn in
+# a hidden tab gets its size when it is seen.
 _CHART = """
 const scope = element.closest('.candor-scope') || document;
 const box = element.querySelector('.plot');
@@ -38,6 +39,9 @@ function draw() {
     trigger('select', {pos});
   });
 }
+new ResizeObserver(() => {
+  if (box.clientWidth && box.data) window.Plotly.Plots.resize(box);
+}).observe(box);
 watch('value', draw);
 draw();
 """
@@ -59,6 +63,9 @@ _FIGURES = """
       const options = {responsive: true, displayModeBar: false};
       window.Plotly.react(box, figure.data, figure.layout, options);
       if (listens) continue;
+      new ResizeObserver(() => {
+        if (box.clientWidth && box.data) window.Plotly.Plots.resize(box);
+      }).observe(box);
       box.on('plotly_click', (event) => {
         const [pos, row] = [event.points[0].customdata].flat().map(Number);
         if (!Number.isFinite(pos)) return;

@@ -76,11 +76,11 @@ class HistoryTab:
         self.rows = view("", script=LOCAL_TIMES, elem_id="runs")
         with gr.Row(elem_classes="candor-actions"):
             self.compare = _ticked("Compare ticked", "compare-ticked")
-            self.export = _ticked("Export ticked", "export")
+            self.export = _ticked("Export", "export")
             self.load = gr.UploadButton(
                 "Import", size="sm", file_types=[".jsonl"], elem_id="import"
             )
-            self.delete = _ticked("Delete ticked", "delete")
+            self.delete = _ticked("Delete", "delete")
         self.file = gr.File(label="Exported runs", visible=False, elem_id="exported")
         self.said = words("", elem_id="history-said")
         with gr.Row(visible=False, elem_classes="candor-actions") as self.sure:
