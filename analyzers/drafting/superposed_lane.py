@@ -51,9 +51,7 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     if cursor.pos == engine.context:
         return "context full"
     yield Note("info", said)
-    yield Note(
-        "warning", "The drafts beside the answer are unverified: nothing checked them."
-    )
+    yield Note("warning", "The drafts beside the answer are unverified: nothing checked them.")
     before = engine.fork(cursor)
     answer, why = yield from _greedy(engine, cursor, params.max_new)
     drafts, finished = _quietly(grow(engine, before, params, ngrams))
