@@ -82,7 +82,7 @@ def test_the_first_match_is_that_of_transformers(seed):
     for length in range(2, 120, 7):
         text = random_text(seed, length, size=30)
         found, _ = theirs.get_candidates(torch.tensor([text]))
-        draft = proposed(text, matches="first", ngram=2, most=10, fit=False)
+        draft = proposed(text, matches="first", ngram=2, budget=10, fit=False)
         assert [*text, *draft.tree.ids] == found[0].tolist()
         assert draft.tree.parents == tuple(range(-1, len(draft.tree) - 1))
 
@@ -91,7 +91,7 @@ def test_the_latest_match_is_copied_to_the_end_of_the_text():
     text = [1, 2, 3, 4, 1, 2, 5, 6, 1, 2]
     assert proposed(text, matches="latest").tree.ids == (5, 6, 1, 2)
     assert proposed(text, matches="first").tree.ids == (3, 4, 1, 2, 5, 6, 1, 2)
-    assert proposed(text, matches="latest", most=3).tree.ids == (5, 6, 1)
+    assert proposed(text, matches="latest", budget=3).tree.ids == (5, 6, 1)
     assert proposed(text, depth=2, matches="latest").tree.ids == (5, 6)
     assert not proposed([1, 2, 3]).tree.ids
 
@@ -101,7 +101,7 @@ def test_the_latest_match_is_copied_to_the_end_of_the_text():
 
 def test_the_tree_is_the_likeliest_of_all():
     text = random_text(5)
-    draft = proposed(text, most=30, depth=4)
+    draft = proposed(text, budget=30, depth=4)
     ids, parents, values = draft.tree.ids, draft.tree.parents, draft.values
     assert len(ids) == 30 and max(draft.tree.depths) == 4
     assert list(values) == sorted(values, reverse=True)
@@ -138,13 +138,13 @@ def test_what_pays_is_what_yields_most_for_its_price():
 
 def test_only_what_pays_by_the_table_is_drafted():
     text = random_text(1)
-    everything = proposed(text, most=12)
+    everything = proposed(text, budget=12)
     assert len(everything.tree) == 12 and everything.cost == 0
-    cheap = proposed(text, CHEAP, most=12)
+    cheap = proposed(text, CHEAP, budget=12)
     assert cheap.tree == everything.tree and cheap.cost == pytest.approx(12 * NODE_MS / 10)
     assert cheap.ended == "12 tokens were to be drafted"
     assert not proposed(text, DEAR).tree.ids
-    assert proposed(text, DEAR, most=12, fit=False).tree == everything.tree
+    assert proposed(text, DEAR, budget=12, fit=False).tree == everything.tree
 
 
 def test_a_slot_is_as_likely_as_it_came_true(tiny_engine):
@@ -180,7 +180,7 @@ def test_writes_what_greedy_writes(tiny_engine, text, matches):
 def test_what_is_sampled_does_not_depend_on_the_drafts(tiny_engine):
     texts = {
         text_of(run(tiny_engine, TEXTS[0], temperature=1.0, max_new=24, **knobs))
-        for knobs in ({}, {"matches": "first"}, {"most": 1}, {"ngram": 1, "most": 40})
+        for knobs in ({}, {"matches": "first"}, {"budget": 1}, {"ngram": 1, "budget": 40})
     }
     assert len(texts) == 1
 

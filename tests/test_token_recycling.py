@@ -90,7 +90,7 @@ def test_the_template_is_that_of_the_paper():
 
 def test_the_whole_template_is_filled_from_the_rows_of_the_parents():
     matrix, text = random_matrix(300), [5, 17]
-    params = Params(drafts="template", most=80, fit=False)
+    params = Params(drafts="template", budget=80, fit=False)
     draft = Recycling(matrix, params, Context(1)).propose(text, 99)
     expected = set()
     for ranks in TEMPLATE:  # step 3 of the algorithm, path by path
@@ -107,7 +107,7 @@ def test_a_smaller_template_is_its_likeliest_part():
     matrix = random_matrix(300)
 
     def draft(most: int, depth: int = 99) -> Draft:
-        params = Params(drafts="template", most=most)
+        params = Params(drafts="template", budget=most)
         return Recycling(matrix, params, Context(1)).propose([5], depth)
 
     whole, some = draft(80), draft(12)
@@ -132,7 +132,7 @@ def test_the_last_node_of_a_token_wins_and_other_rows_stay():
 def test_a_step_recycles_the_root_and_every_node_rejected_ones_as_well(tiny_engine):
     matrix = random_matrix(tiny_engine.vocabulary.size)
     before, cursor = matrix.copy(), tiny_engine.prefill(tiny_engine.encode(TEXT))
-    drafter = Recycling(matrix, Params(drafts="recycled", most=12), Context(1))
+    drafter = Recycling(matrix, Params(drafts="recycled", budget=12), Context(1))
     draft = drafter.propose(cursor.ids, 99)
     checked = tiny_engine.verify(cursor, draft.tree)
     target = Target(checked, Filters(temperature=0.0))
@@ -176,7 +176,7 @@ def test_the_prompt_is_recycled_where_asked_for(tiny_engine):
 def test_looking_up_and_recycling_share_their_nodes():
     matrix = np.full((20, K), UNKNOWN, np.int32)
     matrix[2, :3] = [6, 9, 3]
-    drafter = Recycling(matrix, Params(most=4), Context(1))
+    drafter = Recycling(matrix, Params(budget=4), Context(1))
     draft = drafter.propose([1, 2, 3, 8, 1, 2], 1)
     chances = dict(zip(draft.tree.ids, draft.values, strict=True))
     assert chances == {
@@ -224,14 +224,16 @@ def test_writes_what_greedy_writes_whatever_the_matrix_holds(tiny_engine, drafts
     if begun == "hot":
         run(tiny_engine, artifacts=artifacts, drafts=drafts, max_new=24)
     start = begun if begun in ("cold", "model") else "hot"
-    events = run(tiny_engine, artifacts=artifacts, drafts=drafts, start=start, max_new=24, most=30)
+    events = run(
+        tiny_engine, artifacts=artifacts, drafts=drafts, start=start, max_new=24, budget=30
+    )
     assert text_of(events) == plain(tiny_engine)
 
 
 def test_what_is_sampled_does_not_depend_on_the_drafts(tiny_engine):
     texts = {
         text_of(run(tiny_engine, temperature=1.0, max_new=24, **knobs))
-        for knobs in ({}, {"start": "cold"}, {"drafts": "template", "most": 80}, {"prompt": True})
+        for knobs in ({}, {"start": "cold"}, {"drafts": "template", "budget": 80}, {"prompt": True})
     }
     assert len(texts) == 1
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from analyzers.trace import MAIN, Event, RunEnded, Token, surviving
+from visualizations.status import reason
 from visualizations.summary import summarize
 from visualizations.text import duration, escape, number, percent, quoted
 from visualizations.tokens import span
@@ -98,7 +99,7 @@ def _row(lane: Lane, reference: Lane) -> str:
         _or_dash(summary.mean_entropy),
         f"{ended.forwards:,}" if ended and lane.lane == MAIN else "–",
         duration(ended.seconds) if ended and lane.lane == MAIN else "–",
-        escape(f"{ended.reason or ended.status}") if ended and lane.lane == MAIN else "–",
+        escape(reason(ended)) if ended and lane.lane == MAIN else "–",
     )
     return f"<tr><th>{escape(lane.name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 

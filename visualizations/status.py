@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from analyzers.trace import Event, Note, RunEnded, RunStarted
-from visualizations.text import duration, escape
+from visualizations.text import counted, duration, escape
 
 _SAID = {"done": "✓ Done", "stopped": "■ Stopped", "failed": "✕ Failed"}
 _REASONS = {"max_new reached": "limit of new tokens reached"}
@@ -39,7 +39,7 @@ def comparing(going: int, all: int) -> str:
 def compared(statuses: Sequence[str]) -> str:
     """How several runs ended; nothing where none did."""
     counts = [(name, statuses.count(name)) for name in dict.fromkeys(statuses)]
-    said = " · ".join(f"{_SAID[name]}: {count}" for name, count in counts)
+    said = " · ".join(f"{_SAID[name]}: {counted(count, 'run')}" for name, count in counts)
     return _line("done", f"{said} · each saved as a run of its own") if said else ""
 
 

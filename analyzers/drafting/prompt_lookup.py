@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last few words before is drafted again.
+"""Prompt lookup: what followed the same words earlier in the text is drafted again.
 
 Source: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding; transformers'
         PromptLookupCandidateGenerator.
@@ -9,7 +9,7 @@ Differs from the source: several continuations go into one tree, the likeliest f
         much is drafted as pays by the cost table of this machine; the source copies one chain of a
         fixed length from the first match. Measured on 120 prompts of Spec-Bench with the default
         model: 1.58 tokens a pass instead of 1.53, with 5 tokens drafted at a time by either. The
-        source's rule is matches "first", ngram 2, most 10, and not `fit`; an end token that was
+        source's rule is matches "first", ngram 2, budget 10, and not `fit`; an end token that was
         copied stays in the draft, where the source cuts it off: the text ends there anyway.
 """
 
@@ -48,7 +48,7 @@ class Params(Drafted):
     matches: Literal["several", "latest", "first"] = knob(
         "several", "Places to copy from: several as a tree, or one as a chain"
     )
-    most: int = knob(16, "Most tokens to draft at once", lo=1, hi=256, unit="tokens")
+    budget: int = knob(16, "Most tokens to draft at once", lo=1, hi=256, unit="tokens")
     ngram: int = knob(4, "Longest run of tokens to look for", lo=1, hi=16, unit="tokens")
     fit: bool = knob(True, "Draft only as much as pays by the cost table of this machine")
 
@@ -70,7 +70,7 @@ class Looking:
     def __init__(self, params: Params, ctx: Context) -> None:
         self._matches = params.matches
         self._lookup = Lookup(params.ngram)
-        self._weighed = Weighed(prior, params.most, ctx.cost if params.fit else None)
+        self._weighed = Weighed(prior, params.budget, ctx.cost if params.fit else None)
 
     def propose(self, text: Sequence[int], depth: int) -> Draft:
         """Look for the end of the text in all of it."""

@@ -11,7 +11,7 @@ Differs from the source: the matrix may begin with the model's own answer to wha
         (here a token without successors has no drafts). What followed the same words earlier in
         the text is drafted as well, in the same tree. The tree grows by the slots that came true
         most often and only as far as pays by the cost table; `drafts` "template" is the source's
-        own tree of 80 nodes, of which the likeliest are taken (all of them with `most` 80 and not
+        own tree of 80 nodes, of which the likeliest are taken (all of them with `budget` 80 and not
         `fit`). Drafts may be sampled from: the source is greedy whatever it is told. The prompt's
         logits are recycled where asked for, never in the source. Measured on 120 prompts of
         Spec-Bench with the default model, tokens a pass: 1.80 as it is by default, with 7 tokens
@@ -92,7 +92,7 @@ class Params(Drafted):
     start: Literal["hot", "model", "cold"] = knob(
         "hot", "The matrix begins with earlier runs, the model's own successors, or empty"
     )
-    most: int = knob(16, "Most tokens to draft at once", lo=1, hi=256, unit="tokens")
+    budget: int = knob(16, "Most tokens to draft at once", lo=1, hi=256, unit="tokens")
     fit: bool = knob(True, "Draft only as much as pays by the cost table of this machine")
     prompt: bool = knob(False, "Recycle the prompt's logits as well: a slower start")
 
@@ -127,7 +127,7 @@ class Recycling:
         self._looks_up = params.drafts == "looked up and recycled"
         self._lookup = Lookup(NGRAM)
         prior = both if self._looks_up else alone
-        self._weighed = Weighed(prior, params.most, ctx.cost if params.fit else None)
+        self._weighed = Weighed(prior, params.budget, ctx.cost if params.fit else None)
 
     def propose(self, text: Sequence[int], depth: int) -> Draft:
         """Grow a tree from the rows of the matrix, and from the text."""

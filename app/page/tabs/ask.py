@@ -262,14 +262,16 @@ class AskTab:
         return self._earlier(past[: at - 1]) | {self.prompt: asked, self.prefix: turn["content"]}
 
     def pick_method(self, name: str, can_chat: bool, prompt: str) -> list[Any]:
-        """An example that nobody has changed makes room for that of the method."""
+        """An example that nobody has changed makes room for that of the method. Otherwise the prompt
+        is left alone: it may have been typed since."""
         picked = self.methods[name]
         examples = {self.asking.prompt, *(each.card.example for each in self.methods.values())}
         asked = (picked.card.example or self.asking.prompt) if prompt in examples else prompt
         boxes = [gr.Textbox(visible=each in picked.card.takes) for each in self.inputs]
         groups = [gr.Column(visible=form.method.name == name) for form in self.forms]
         kind = picked.card.starts_as if can_chat else "raw"
-        return [methods.about(picked), kind, asked, *boxes, *groups]
+        box = gr.skip() if asked == prompt else asked
+        return [methods.about(picked), kind, box, *boxes, *groups]
 
     def fit_model(self, can_chat: bool, method: str) -> list[Any]:
         """Offer what the model can: a text always, a chat where it has a template for one."""
