@@ -262,7 +262,7 @@ class AskTab:
         return self._earlier(past[: at - 1]) | {self.prompt: asked, self.prefix: turn["content"]}
 
     def pick_method(self, name: str, can_chat: bool, prompt: str) -> list[Any]:
-        """An example that nobody has changed makes room for that of the method. Otherwise the prompt
+        """An example that nobody has changed makes room for that of the method. Any other prompt
         is left alone: it may have been typed since."""
         picked = self.methods[name]
         examples = {self.asking.prompt, *(each.card.example for each in self.methods.values())}
