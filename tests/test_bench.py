@@ -287,7 +287,8 @@ def spec_bench(tmp_path, monkeypatch):
     return str(tmp_path)
 
 
-def test_drafting_compares_every_way_by_category(folder, spec_bench):
+def test_drafting_compares_every_way_by_category(folder, spec_bench, monkeypatch):
+    monkeypatch.setattr(drafting, "PART", 2)
     rows = named(drafting.measure(silent, model=str(folder), data=spec_bench, ways=WAYS))
     for name in ("bfloat16", "auto"):
         for category in ("overall", "writing", "rag"):
@@ -297,6 +298,8 @@ def test_drafting_compares_every_way_by_category(folder, spec_bench):
             assert 1 <= rows[f"{name}, {category}: prompt_lookup, M"]["value"] <= 6
     assert rows["bfloat16, overall: plain"]["n"] == 3
     assert rows["bfloat16, rag: plain"]["n"] == 1
+    part = rows["bfloat16, overall: draft_model, int8"]
+    assert part["n"] == 2 and part["baseline"] != rows["bfloat16, overall: plain"]["value"]
     assert f"bfloat16, rag: {drafting.THEIR_LOOKUP}" in rows
     best = [each for each in rows if each.startswith("bfloat16: the best")]
     assert len(best) == 1 and rows[best[0]]["target"] == drafting.TARGET
