@@ -11,7 +11,8 @@ with plain decoding of these.
 
 transformers writes in bfloat16 without any signals of its tokens; its confidence threshold is 0, so
 that it drafts as many tokens as it is told to. Where two texts differ in half precision, the first
-difference is looked at: a gap of the two likeliest log-probabilities below 0.05 is a near-tie.
+difference is looked at, and how far the two likeliest log-probabilities were apart there: bfloat16
+has no numbers between 20 and 20.125, so logits of that size that close may come in either order.
 
 Reads spec-bench-120.jsonl in the folder that --data or CANDOR_DATA names. What is done is kept in
 the folder of the app's own files until all of it is, so a benchmark that was interrupted goes on.
@@ -36,6 +37,7 @@ from analyzers.context import Context, Forgotten
 from analyzers.engine import Engine, load
 from analyzers.engine.cost import measure as measure_cost
 from analyzers.engine.loading import DEFAULT
+from analyzers.engine.signals import DIGITS
 from analyzers.home import database_path
 from analyzers.params import ModelRef, build
 from analyzers.task import Task, chat
@@ -56,8 +58,9 @@ EXIT = 0.8
 """Share of the layers that transformers' early exit drafts with."""
 THEIR_LENGTH = 10
 """Tokens of transformers' drafts: what its documentation uses for prompt lookup."""
-NEAR = 0.05
-"""Nats between the two likeliest tokens, below which half precision may choose either."""
+NEAR = 0.125
+"""Nats between the two likeliest tokens up to which half precision may choose either: the step from
+one number of bfloat16 to the next for logits of 16 to 32."""
 TARGET, EVERYWHERE = 1.4, 1.0
 """Times as fast as plain decoding overall; as transformers' best in every category."""
 SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -282,7 +285,7 @@ def plainly(engine: Engine, most: int = TOKENS) -> Way:
 
     def answer(task: Task) -> Written:
         events = [e for e in method.run(engine, task, params, Context(0)) if isinstance(e, Token)]
-        gaps = [event.top[0][2] - event.top[1][2] for event in events]
+        gaps = [round(event.top[0][2] - event.top[1][2], DIGITS) for event in events]
         return Written([event.id for event in events], len(events), gaps=gaps)
 
     return answer
@@ -388,17 +391,20 @@ def _texts(name: str, done: Sequence[Done], ways: Sequence[str]) -> Iterator[Row
     """How many answers are plain decoding's, and how many part at no near-tie."""
     for way in ways:
         here = [each for each in done if each.way == way]
-        same = sum(each.gap is None for each in here)
-        far = sum(each.gap is not None and each.gap >= NEAR for each in here)
+        gaps = [each.gap for each in here if each.gap is not None]
+        far = sum(gap > NEAR for gap in gaps)
         predicted = sum(each.predicted for each in here)
         yield row(
             f"{name}: {way}, the plain text",
-            100 * same / len(here),
+            100 * (1 - len(gaps) / len(here)),
             "%",
             n=len(here),
             better="more",
         )
         yield row(f"{name}: {way}, parted at no near-tie", far, "answers", n=len(here))
+        yield row(
+            f"{name}: {way}, largest gap where they part", max(gaps, default=0), "nats", n=len(gaps)
+        )
         if predicted:
             tokens = sum(each.tokens for each in here)
             yield row(
