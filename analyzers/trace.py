@@ -191,7 +191,9 @@ class Candidate(Event):
 
 @dataclass(frozen=True)
 class Judgement(Event):
-    """What `judge` says of `target`; scale = (lo, hi, higher_is, is_probability)."""
+    """What `judge` says of `target`; scale = (lo, hi, higher_is, is_probability).
+
+    detail: what the score comes from, such as the label probabilities in both orders."""
 
     key: str
     target: str
@@ -201,6 +203,7 @@ class Judgement(Event):
     verdict: str = ""
     label_mass: float | None = None
     rationale: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
     passes: int = 0
     ms: float = field(default=0.0, compare=False)
 

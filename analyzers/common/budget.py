@@ -1,0 +1,44 @@
+"""What a search may spend, counted before it is spent."""
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from analyzers.trace import Metric
+
+What = Literal["tokens", "evaluations", "nodes"]
+
+
+class BudgetSpent(Exception):
+    """What was to be done next is more than what is left; nothing of it was done."""
+
+    def __init__(self, what: What, limit: int) -> None:
+        super().__init__(f"the budget of {limit:,} {what} is spent")
+
+
+@dataclass
+class Budget:
+    """Most tokens to write, texts to judge and nodes to make; 0 = no limit.
+
+    tokens: every token that is written, in rollouts as in answers; what is only read is not
+    counted. spent: what was charged so far."""
+
+    tokens: int = 0
+    evaluations: int = 0
+    nodes: int = 0
+    spent: dict[What, int] = field(
+        default_factory=lambda: dict.fromkeys(get_args(What), 0), init=False
+    )
+
+    def charge(self, what: What, count: int = 1) -> None:
+        """Raises: BudgetSpent when that is more than what is left; then nothing is charged."""
+        limit: int = getattr(self, what)
+        if limit and self.spent[what] + count > limit:
+            raise BudgetSpent(what, limit)
+        self.spent[what] += count
+
+    def metrics(self, step: int, forwards: int) -> Generator[Metric, None, None]:
+        """What was spent up to this step; forwards: passes of the model since the run began."""
+        for what, count in self.spent.items():
+            yield Metric(f"spent {what}", step, count, what)
+        yield Metric("spent forwards", step, forwards, "forwards")
