@@ -1,8 +1,10 @@
 """Shared engines and a runner on one of them. Tests never change the engines of a session."""
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from analyzers.engine import Engine, load
 from app.runner import Runner
 from sessions.store import Store
 from tests import tiny
+from visualizations import assets
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -56,6 +59,34 @@ def own_engine() -> Engine:
     engine = tiny.engine()
     engine._ends = frozenset()
     return engine
+
+
+STARTED = """js => { window.seen = []; window.again = [];
+    for (const id of ['a', 'b']) Function('element', 'trigger', 'watch', js)(
+        document.getElementById(id), (name, data) => seen.push(data),
+        (name, done) => again.push(done)); }"""
+
+
+@pytest.fixture
+def browse() -> Iterator[Callable[[str], Any]]:
+    """Opens HTML with the elements #a and #b in headless Chromium, with the style sheet and the
+    script of the views on either. On the page `seen` lists what was selected, and each of `again`
+    is to be called when an element was rendered anew."""
+    chromium, playwright = shutil.which("chromium"), pytest.importorskip("playwright.sync_api")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    with playwright.sync_playwright() as tool:
+        flags = ["--no-sandbox", "--disable-gpu"]
+        browser = tool.chromium.launch(executable_path=chromium, args=flags)
+
+        def opened(html: str) -> Any:
+            page = browser.new_page()
+            page.set_content(f"<style>{assets.css()}</style>{html}")
+            page.evaluate(STARTED, assets.js())
+            return page
+
+        yield opened
+        browser.close()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate, permutations, product
 from math import prod
@@ -200,16 +200,16 @@ def refused(p: torch.Tensor, q: torch.Tensor, ids: Sequence[int], rule: Rule) ->
 
 def accepted(p: torch.Tensor, q: torch.Tensor, k: int, rule: Rule) -> float:
     """The chance that the rule accepts one of k drafts, over all that can be drawn from q."""
-    alone = rule is recursive
-    n = len(q)
-    ways = permutations(range(n), min(k, n)) if alone else product(range(n), repeat=k)
-    total = 0.0
-    for ids in ways:
-        row, way = q.tolist(), 1.0
-        for i, id in enumerate(ids):
-            way *= row[id] / (1 - sum(row[one] for one in ids[:i]) if alone else 1)
-        total += way * (1 - refused(p, q, ids, rule))
-    return total
+    ways = drawn(q, k, alone=rule is recursive)
+    return sum(way * (1 - refused(p, q, ids, rule)) for ids, way in ways)
+
+
+def drawn(q: torch.Tensor, k: int, *, alone: bool) -> Iterator[tuple[tuple[int, ...], float]]:
+    """All that k drafts from q can be, with its chance. alone: none of them twice."""
+    row, n = q.tolist(), len(q)
+    for ids in permutations(range(n), min(k, n)) if alone else product(range(n), repeat=k):
+        before = [sum(row[one] for one in ids[:i]) if alone else 0.0 for i in range(len(ids))]
+        yield ids, prod(row[id] / (1 - gone) for id, gone in zip(ids, before, strict=True))
 
 
 TABLE = {  # k: recursive, rho, beta, k-SEQ, without replacement, bound
@@ -230,6 +230,27 @@ def test_numbers_of_the_worked_example(k):
     assert accepted(P, Q, k, k_seq) == pytest.approx(made.k_seq)
     assert accepted(P, Q, k, recursive_independent) == pytest.approx(made.recursive)
     assert leftover(P, Q, made.rho, k).tolist() == pytest.approx([1, 0, 0])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("rule", [recursive, recursive_independent, k_seq])
+def test_one_place_has_exactly_the_target_s_law(rule, k, monkeypatch):
+    """Summed over all that can be drawn from q: nothing is left to chance."""
+    left: list[torch.Tensor] = []
+    monkeypatch.setattr(acceptance, "pick", lambda row, coin: left.append(row) or 0)
+    for p, q in pairs()[:6]:
+        law = torch.zeros(V, dtype=torch.float64)
+        for ids, way in drawn(q, k, alone=rule is recursive):
+            draft = siblings_of(q, ids)
+            # This coin refuses all but what is certain.
+            chances = rule(lambda node, p=p: p, draft, lambda: 1 - 2**-53).chances
+            for place, id in enumerate(ids):
+                again = rule is recursive_independent and id in ids[:place]
+                chance = 0.0 if again else chances.get(draft.sequences[place][0], 0.0)
+                law[id] += way * chance
+                way *= 1 - chance
+            law += way * left.pop()
+        assert law.tolist() == pytest.approx(p.tolist(), abs=1e-9)
 
 
 def test_rows_after_a_refused_draft():

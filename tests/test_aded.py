@@ -9,8 +9,10 @@ from itertools import pairwise
 import pytest
 
 from analyzers.common.acceptance import follow
+from analyzers.common.drafts import Outcome, Verdict
 from analyzers.common.speculation import write
 from analyzers.common.trigrams import (
+    INCREMENT,
     LENGTH,
     MOST,
     Trigrams,
@@ -29,7 +31,8 @@ from analyzers.engine.cost import Cost
 from analyzers.errors import BadParameter
 from analyzers.params import FileRef
 from analyzers.task import Task
-from analyzers.trace import DraftTree, Event, Metric, Note, Token, text_of
+from analyzers.trace import Metric, Note, Token, text_of
+from tests.events import mean_length, trees_of
 
 TEXT = Task("The quick brown fox jumps over the lazy dog. The quick brown")
 DEAR = Cost(10.0, ((1, 1.0), (2, 1.5), (64, 32.0)), 1000.0, 1)
@@ -55,14 +58,6 @@ def run(engine: Engine, history: list[str] | None = None, cost: Cost | None = No
 def greedy(engine: Engine, max_new: int) -> str:
     params = sampling.Params(temperature=0.0, max_new=max_new)
     return text_of(sampling.run(engine, TEXT, params, Context(1)))
-
-
-def trees(events: list[Event]) -> list[DraftTree]:
-    return [event for event in events if isinstance(event, DraftTree)]
-
-
-def mean_length(events: list[Event]) -> float:
-    return next(e.value for e in events if isinstance(e, Metric) and "acceptance" in e.name)
 
 
 # The table
@@ -238,8 +233,8 @@ def test_the_most_visited_are_drafted_and_one_more_behind_each():
 @pytest.mark.parametrize("choices", [1, 5, 64])
 def test_never_more_than_choices(tiny_engine, choices):
     events, _ = run(tiny_engine, ["the quick brown fox. " * 5], max_new=12, choices=choices)
-    assert trees(events) and max(len(tree.ids) for tree in trees(events)) <= choices
-    tree = trees(events)[0]
+    assert trees_of(events) and max(len(tree.ids) for tree in trees_of(events)) <= choices
+    tree = trees_of(events)[0]
     assert tree.measure == "visits" and tree.values[0] <= 150
 
 
@@ -250,10 +245,10 @@ def test_where_a_pass_over_many_tokens_is_dear_few_are_drafted(tiny_engine):
     all_of_them, _ = run(tiny_engine, history, max_new=12, cost=DEAR, fit=False)
 
     def first(events):
-        return len(trees(events)[0].ids)
+        return len(trees_of(events)[0].ids)
 
     assert 1 <= first(dear) < first(free) == first(all_of_them)
-    assert all(tree.cost >= 1.5 + 0.1 for tree in trees(dear))  # two tokens, and the search
+    assert all(tree.cost >= 1.5 + 0.1 for tree in trees_of(dear))  # two tokens, and the search
 
 
 # The text
@@ -295,8 +290,32 @@ def test_what_was_new_is_counted(own_engine):
 
 def test_sampling_is_seeded(own_engine):
     first, again = (run(own_engine, max_new=30, temperature=1.0)[0] for _ in range(2))
-    assert first == again and trees(first)
+    assert first == again and trees_of(first)
     assert {e.origin for e in first if isinstance(e, Token)} >= {"corrected"}
+
+
+def test_no_tri_gram_is_missed_and_the_last_ones_are_learned_again():
+    table, text = Trigrams(), list(range(60))
+    drafter = Adaptive(table, Params(), Context(1))
+    for length in (20, 59, 60):  # as after a pause, and after one token
+        drafter.propose(text[:length], 1)
+    assert drafter.learned == 58
+    weights = [table.after((id, id + 1))[id + 2] for id in (0, 19, 50, 57)]
+    assert weights == pytest.approx([INCREMENT, INCREMENT, 2 * INCREMENT, INCREMENT])
+
+
+def test_few_are_drafted_while_few_come_true():
+    table, cost = Trigrams([random_text(2)]), Cost(10.0, ((1, 1.0), (64, 4.0)), 1000.0, 1)
+
+    def last_of_many(come_true: bool) -> int:
+        drafter = Adaptive(table, Params(increment=0.0), Context(1, cost=cost))
+        for _ in range(20):
+            draft = drafter.propose((0, 1), 3)
+            path = draft.tree.path(len(draft.tree) - 1) if come_true else ()
+            drafter.learn(Outcome((0, 1), draft, None, Verdict(path, 0, "bonus"), None))
+        return len(draft.tree)
+
+    assert last_of_many(False) == 1 < last_of_many(True)
 
 
 def test_the_table_begins_with_what_was_chosen(own_engine, tmp_path):

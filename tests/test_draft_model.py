@@ -13,8 +13,8 @@ from analyzers.engine import Filters, Options, Tree
 from analyzers.errors import BadInput, BadParameter
 from analyzers.params import build
 from analyzers.task import Task
-from analyzers.trace import DraftTree, Token
 from tests import tiny
+from tests.events import ids_of, trees_of
 
 PROMPT = Task("The quick brown fox")
 
@@ -23,14 +23,6 @@ def written(engine, second=None, **knobs) -> list:
     params = build(draft_model.Params, {"floor": 0.0, "max_new": 24, **knobs})
     engines = {"": engine} | ({params.draft: second} if second else {})
     return list(draft_model.run(engine, PROMPT, params, Context(2, engines=engines)))
-
-
-def ids_of(events) -> list[int]:
-    return [event.id for event in events if isinstance(event, Token)]
-
-
-def trees_of(events) -> list[DraftTree]:
-    return [event for event in events if isinstance(event, DraftTree)]
 
 
 def greedy(engine) -> list[int]:

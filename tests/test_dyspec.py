@@ -1,5 +1,7 @@
 """DySpec: trees that grow where drafts are likely to be tested."""
 
+from collections import Counter
+
 import pytest
 
 from analyzers.context import Context
@@ -8,7 +10,8 @@ from analyzers.drafting import dyspec
 from analyzers.engine import Tree
 from analyzers.params import build
 from analyzers.task import Task
-from analyzers.trace import DraftTree, Event, Token
+from analyzers.trace import Event
+from tests.events import ids_of, trees_of
 
 PROMPT = Task("The quick brown fox")
 
@@ -16,14 +19,6 @@ PROMPT = Task("The quick brown fox")
 def written(engine, **knobs) -> list[Event]:
     params = build(dyspec.Params, {"max_new": 16, "skip": 1, "budget": 8, **knobs})
     return list(dyspec.run(engine, PROMPT, params, Context(3)))
-
-
-def ids_of(events) -> list[int]:
-    return [event.id for event in events if isinstance(event, Token)]
-
-
-def trees_of(events) -> list[DraftTree]:
-    return [event for event in events if isinstance(event, DraftTree)]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +59,15 @@ def test_every_node_is_as_likely_to_be_tested_as_was_asked(tiny_engine):
             assert min(tree.values) >= threshold
     alone = trees_of(written(tiny_engine, threshold=1.0))
     assert all(tree.parents.count(-1) == 1 for tree in alone)
+
+
+def test_drafts_are_filtered_at_a_temperature_of_their_own(tiny_engine):
+    sharp, flat = (
+        trees_of(written(tiny_engine, draft_temperature=t))[0].draft_logprobs[0] for t in (0.05, 2)
+    )
+    assert flat < -0.1 < -1e-3 < sharp
+    for tree in trees_of(written(tiny_engine, draft_temperature=2, budget=32, top_k=2)):
+        assert max(Counter(tree.parents).values()) <= 2
 
 
 def test_node_by_node_the_budget_is_used_and_values_never_rise(tiny_engine):

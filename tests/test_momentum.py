@@ -15,6 +15,7 @@ from analyzers.errors import BadParameter
 from analyzers.task import Task, chat
 from analyzers.trace import Metric, Scores, Token, surviving
 from tests import tiny
+from tests.events import ids_of
 
 TEXT = "The quick brown fox jumps over the lazy dog; twice."
 SEEN = [5, 7, 8, 9, 7, 8]
@@ -35,10 +36,6 @@ def greedy(engine: Engine, task: Task | str, max_new: int) -> list[int]:
     task = Task(task) if isinstance(task, str) else task
     params = sampling.Params(temperature=0, top_p=1, max_new=max_new)
     return ids_of(sampling.run(engine, task, params, Context(1)))
-
-
-def ids_of(events) -> list[int]:
-    return [token.id for token in surviving(events)]
 
 
 def searched(ids: Sequence[int], id: int) -> int:

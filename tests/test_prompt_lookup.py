@@ -126,13 +126,14 @@ def test_of_equally_likely_finds_the_first_is_drafted():
 
 
 def test_what_pays_is_what_yields_most_for_its_price():
-    nodes = [Proposed(1, -1, Slot(1), chance) for chance in (0.5, 0.4, 0.1)]
+    chances = (0.5, 0.4, 0.1)
     # 1/1, 1.5/1.2, 1.9/1.4, 2.0/1.6
-    assert worthwhile(nodes, lambda n: 1 + 0.2 * n) == 2
-    assert worthwhile(nodes, lambda n: 1.0) == 3
-    assert worthwhile(nodes, lambda n: 1.0 + n) == 0
+    assert worthwhile(chances, lambda n: 1 + 0.2 * n) == 2
+    assert worthwhile(chances, lambda n: 1.0) == 3
+    assert worthwhile(chances, lambda n: 1.0 + n) == 0
+    assert worthwhile(chances, lambda n: 1.0 + n, least=1) == 1
     # A dear first node may pay together with the next: 1.5/1.6, 1.9/1.6, 2.0/1.7
-    assert worthwhile(nodes, (1.0, 1.6, 1.6, 1.7).__getitem__) == 2
+    assert worthwhile(chances, (1.0, 1.6, 1.6, 1.7).__getitem__) == 2
     assert worthwhile([], lambda n: 1.0) == 0
 
 

@@ -11,7 +11,8 @@ from analyzers.engine import Tree
 from analyzers.errors import BadParameter
 from analyzers.params import build
 from analyzers.task import Task
-from analyzers.trace import DraftTree, Event, Token
+from analyzers.trace import Event
+from tests.events import ids_of, trees_of
 
 PROMPT = Task("The quick brown fox")
 CONSTANT = {"shape": "constant"}
@@ -20,14 +21,6 @@ CONSTANT = {"shape": "constant"}
 def written(engine, **knobs) -> list[Event]:
     params = build(rsd.Params, {"max_new": 16, "skip": 1, **knobs})
     return list(rsd.run(engine, PROMPT, params, Context(3)))
-
-
-def ids_of(events) -> list[int]:
-    return [event.id for event in events if isinstance(event, Token)]
-
-
-def trees_of(events) -> list[DraftTree]:
-    return [event for event in events if isinstance(event, DraftTree)]
 
 
 @pytest.mark.parametrize(

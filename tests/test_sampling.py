@@ -17,6 +17,7 @@ from analyzers.errors import OutOfContext
 from analyzers.task import Task, chat
 from analyzers.trace import Token, text_of
 from tests import tiny
+from tests.events import ids_of
 
 TEXT = "The quick brown fox jumps over the lazy dog; twice."
 WORLD = "Naïve 👩‍👩‍👧‍👦 family, 🇰🇪, 日本語テキスト, مرحبا بالعالم, e\u0301, 👍🏽!"
@@ -47,10 +48,6 @@ def logits(engine: Engine, ids: Sequence[int]) -> torch.Tensor:
 def full(engine: Engine, ids: Sequence[int]) -> torch.Tensor:
     """The same as log-probabilities."""
     return torch.log_softmax(logits(engine, ids), -1)
-
-
-def ids_of(events: Sequence[Token]) -> list[int]:
-    return [event.id for event in events]
 
 
 def spelled(vocabulary: Vocabulary, ids: Sequence[int]) -> list[Token]:

@@ -8,14 +8,15 @@ import torch
 
 from analyzers import registry
 from analyzers.common.acceptance import recursive
-from analyzers.common.drafts import Outcome
+from analyzers.common.drafts import Outcome, Verdict
 from analyzers.context import Context
 from analyzers.decoding import sampling
 from analyzers.drafting import sjd
 from analyzers.engine import Filters
 from analyzers.params import build
 from analyzers.task import Task
-from analyzers.trace import DraftTree, Token
+from analyzers.trace import Token
+from tests.events import ids_of, trees_of
 
 SIZE = 4
 TABLE = torch.rand(SIZE + 1, SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -29,10 +30,6 @@ def made(**knobs) -> sjd.Params:
 
 def written(engine, **knobs) -> list:
     return list(sjd.run(engine, PROMPT, made(**knobs), Context(4)))
-
-
-def ids_of(events) -> list[int]:
-    return [event.id for event in events if isinstance(event, Token)]
 
 
 def drawn(window: sjd.Window, coin, length: int) -> tuple[list[int], int]:
@@ -97,6 +94,14 @@ def test_a_beginning_is_accepted_as_often_as_it_is_likely():
     assert recursive(lambda node: place.row, again, lambda: 0.999).chances[0] == 1.0
 
 
+def test_without_drawing_again_the_places_behind_stay_as_they_were():
+    window = sjd.Window(made(window=4, redraw=False, begin="random"), 256, random.Random(0))
+    draft = window.propose([1], 9)
+    verdict = Verdict((0,), 7, "corrected")  # 7 stands where the second place was
+    window.learn(Outcome((1,), draft, SimpleNamespace(), verdict, lambda node: TABLE[0]))
+    assert [place.id for place in window.places] == [*draft.tree.ids[2:]]
+
+
 def test_rows_are_kept_for_one_pass():
     window = sjd.Window(made(window=5, begin="random"), SIZE, random.Random(0))
     for n in range(6):
@@ -118,12 +123,12 @@ def test_greedy_is_plain_greedy(tiny_engine, begin):
     )
     events = written(tiny_engine, temperature=0.0, begin=begin, max_new=24)
     assert ids_of(events) == plain
-    assert sum(isinstance(event, DraftTree) for event in events) <= 24
+    assert 0 < len(trees_of(events)) <= 24
 
 
 def test_no_window_is_plain_sampling(tiny_engine):
     events = written(tiny_engine, window=0, temperature=1.0, max_new=8)
-    assert not any(isinstance(event, DraftTree) for event in events)
+    assert not trees_of(events)
     assert {event.origin for event in events if isinstance(event, Token)} == {"sampled"}
 
 
@@ -134,6 +139,8 @@ def test_text_begins_as_it_did_before(tiny_engine):
     assert window.propose([1, 2, 3], 2).tree.ids == (7, 8)  # places stay until they are tested
     fresh = sjd.Window(made(window=2), 256, random.Random(0))
     assert fresh.propose([1, 2, 3], 9).tree.ids == (3, 3)
+    twice = sjd.Window(made(window=1), 256, random.Random(0))
+    assert twice.propose([5, 6, 7, 5, 6, 8, 5, 6], 9).tree.ids == (8,)  # the last time
 
 
 def test_filters_are_those_of_the_target(tiny_engine):

@@ -9,15 +9,16 @@ import torch
 
 from analyzers.common.acceptance import follow, recursive
 from analyzers.common.drafts import Draft, Outcome
-from analyzers.common.speculation import PAUSE, WINDOW, Drafted, raw_logprobs, write
+from analyzers.common.speculation import PAUSE, WINDOW, Drafted, Gauge, raw_logprobs, write
 from analyzers.context import Context
 from analyzers.decoding import sampling
 from analyzers.engine import Engine, Tree
 from analyzers.engine.cost import Cost
 from analyzers.errors import BadParameter
 from analyzers.task import Task, chat
-from analyzers.trace import DraftTree, Event, Note, Token
+from analyzers.trace import Event, Note, Token, surviving
 from tests import tiny
+from tests.events import ids_of, mean_length, trees_of
 
 PROMPT = Task("The quick brown fox")
 CHAIN_COST = Cost(10.0, ((1, 1.0), (8, 4.0)), 1000.0, 1)
@@ -61,14 +62,16 @@ class Guessing:
 def drafted(
     engine: Engine, drafter, task: Task = PROMPT, rule=follow, cost=None, **knobs
 ) -> tuple[list[Event], str]:
-    ctx = Context(1, cost=cost)
-    cursor = ctx.begin(engine, engine.encode(task))
+    """The events, and why the text ended; the cursor is left behind what was written."""
+    ctx, before = Context(1, cost=cost), engine.encode(task)
+    cursor = ctx.begin(engine, before)
     going = write(engine, cursor, task, Drafted(**knobs), ctx, drafter, rule)
     events = []
     while True:
         try:
             events.append(next(going))
         except StopIteration as end:
+            assert cursor.ids == [*before, *ids_of(events)]
             return events, end.value
 
 
@@ -80,10 +83,6 @@ def plain(engine: Engine, task: Task = PROMPT, **knobs) -> tuple[list[Token], st
             tokens.append(next(going))
         except StopIteration as end:
             return tokens, end.value
-
-
-def ids_of(events) -> list[int]:
-    return [event.id for event in events if isinstance(event, Token)]
 
 
 def readable(tokens: Sequence[Token]) -> int:
@@ -116,7 +115,7 @@ def test_every_kind_of_model_writes_its_greedy_text(family):
 
 
 def test_thirty_prompts_with_drafters_that_guess(tiny_engine):
-    """Chat and text, with a penalty-free greedy walk, whatever the trees look like."""
+    """Chat and text, whatever the trees look like."""
     for n in range(30):
         words = f"Prompt number {n}: " + "abc " * (n % 5)
         task = Task(chat(words)) if n % 2 else Task(words)
@@ -132,7 +131,7 @@ def test_a_step_is_told_whole(tiny_engine):
     tokens, _ = plain(tiny_engine, max_new=30)
     drafter = guessing(tiny_engine, tokens)
     events, _ = drafted(tiny_engine, drafter, max_new=30)
-    trees = [event for event in events if isinstance(event, DraftTree)]
+    trees = trees_of(events)
     assert any(len(tree.ids) > len(tree.accepted) > 0 for tree in trees)
     at = {token.pos: token for token in events if isinstance(token, Token)}
     for tree in trees:
@@ -159,12 +158,22 @@ def test_the_text_ends_inside_an_accepted_path(tiny_engine):
     """At the end token, at a stop text, and after max_new tokens; what follows is not written."""
     tokens, _ = plain(tiny_engine, max_new=20)
     stop = tokens[readable(tokens)].text
+    cut = 0
     for n in range(5):
         drafter = guessing(tiny_engine, tokens, seed=n)
         for knobs in ({"stop": stop, "max_new": 20}, {"max_new": 7}, {"max_new": 1}):
             expected, why = plain(tiny_engine, **knobs)
             events, said = drafted(tiny_engine, drafter, **knobs)
             assert (ids_of(events), said) == (ids_of(expected), why)
+            alone = sum(isinstance(e, Token) and e.origin == "sampled" for e in events)
+            wrote = [len(tree.accepted) + (tree.extra is not None) for tree in trees_of(events)]
+            assert sum(wrote) + alone == len(expected)
+            for tree in trees_of(events):
+                if tree.extra is None:
+                    assert (tree.origin, tree.extra_text) == ("", "")
+                    assert tree.ended == f"the text is over: {why}"
+                    cut += 1
+    assert cut > 0
 
 
 def test_an_end_token_in_a_draft_ends_the_text(own_engine):
@@ -191,13 +200,15 @@ def test_a_text_goes_on_from_an_earlier_one(tiny_engine):
     task = Task(PROMPT.prompt, written=tuple(tokens[:6]))
     events, _ = drafted(tiny_engine, guessing(tiny_engine, tokens), task, max_new=14)
     assert ids_of(events) == ids_of(tokens[6:])
+    passes = len(trees_of(events)) + [e.origin for e in surviving(events)].count("sampled")
+    assert mean_length(events) == pytest.approx(14 / passes)
     at = readable(tokens)
     done = Task(PROMPT.prompt, written=tuple(tokens[: at + 1]))
     assert drafted(tiny_engine, Guessing(256), done, stop=tokens[at].text)[0] == []
 
 
 def test_sampled_text_is_distributed_as_the_target(tiny_engine):
-    """The first two tokens of 3,000 continuations, drafted at random, against the exact rows."""
+    """The first token of 600 continuations, drafted at random, against the exact row."""
     filters = Drafted(temperature=1.0, top_k=3).filters
     cursor = tiny_engine.prefill(tiny_engine.encode(PROMPT))
     first = tiny_engine.step(cursor, filters=filters).logits.double().softmax(-1)
@@ -259,12 +270,33 @@ def test_drafting_pauses_where_it_loses(tiny_engine):
     assert [event.text[:13] for event in going_on if isinstance(event, Note)] == ["Drafting lost"]
 
 
+def test_each_pause_is_twice_as_long_and_only_a_loss_begins_one():
+    gauge = Gauge(CHAIN_COST, pauses=True)
+    for _ in range(2 * WINDOW):
+        assert gauge.drafts() and gauge.hear(2, 2.0) is None  # as long as plain steps
+    assert gauge.summed_up() is None
+    gauge = Gauge(CHAIN_COST, pauses=True)
+    for pause in (PAUSE, 2 * PAUSE, 4 * PAUSE):
+        for _ in range(WINDOW - 1):
+            assert gauge.drafts() and gauge.hear(1, 2.0) is None
+        assert f"for {pause} tokens" in gauge.hear(1, 2.0).text
+        assert [gauge.drafts() for _ in range(pause + 1)] == [False] * pause + [True]
+
+
+def test_no_two_draws_share_a_generator(tiny_engine, monkeypatch):
+    """Neither in drafted steps nor in the plain ones of a pause."""
+    made, rng = [], Context.rng
+    monkeypatch.setattr(Context, "rng", lambda ctx, *of: made.append(of) or rng(ctx, *of))
+    lossy = {"cost": CHAIN_COST, "pause": True, "temperature": 1.0, "max_new": 60}
+    drafted(tiny_engine, Guessing(256, seed=5), **lossy)
+    assert len(made) > PAUSE and len(set(made)) == len(made)
+
+
 def test_a_step_costs_what_the_table_says(tiny_engine):
     tokens, _ = plain(tiny_engine, max_new=12)
     events, _ = drafted(tiny_engine, guessing(tiny_engine, tokens), cost=CHAIN_COST, max_new=12)
-    for event in events:
-        if isinstance(event, DraftTree):
-            assert event.cost == pytest.approx(CHAIN_COST.v(1 + len(event.ids)) + 0.5)
+    for tree in trees_of(events):
+        assert tree.cost == pytest.approx(CHAIN_COST.v(1 + len(tree.ids)) + 0.5)
 
 
 def test_rows_are_the_processed_distribution(tiny_engine):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analyzers.common.acceptance import follow
-from analyzers.common.drafts import Draft, Outcome
+from analyzers.common.drafts import Draft, Outcome, Verdict
 from analyzers.common.lookup import Slot
 from analyzers.common.speculation import Target
 from analyzers.context import Context, Forgotten
@@ -32,7 +32,8 @@ from analyzers.drafting.token_recycling import (
 from analyzers.engine import Engine, Filters, Step, Tree
 from analyzers.engine.cost import Cost
 from analyzers.task import Task, chat
-from analyzers.trace import DraftTree, Metric, Note, text_of
+from analyzers.trace import Note, text_of
+from tests.events import mean_length, trees_of
 
 TEXT = Task("The quick brown fox. The quick brown")
 
@@ -69,10 +70,6 @@ def random_matrix(size: int, seed: int = 0) -> np.ndarray:
 def likeliest(step: Step) -> list[int]:
     """By its logits: the padding of the model's table is excluded there."""
     return step.logits.topk(K).indices.tolist()
-
-
-def mean_length(events: list) -> float:
-    return next(e.value for e in events if isinstance(e, Metric) and "acceptance" in e.name)
 
 
 def paths_of(tree: Tree) -> set[tuple[int, ...]]:
@@ -187,6 +184,30 @@ def test_looking_up_and_recycling_share_their_nodes():
     assert draft.tree.ids == (3, 6, 9) and draft.measure == "estimated chance"
 
 
+def test_without_looking_up_a_rank_has_a_chance_of_its_own():
+    matrix = np.full((20, K), UNKNOWN, np.int32)
+    matrix[2, :3] = [6, 9, 3]
+    drafter = Recycling(matrix, Params(drafts="recycled", budget=4), Context(1))
+    draft = drafter.propose([1, 2, 3, 8, 1, 2], 1)
+    assert draft.tree.ids == (6, 9, 3) and draft.values == pytest.approx(RECYCLED_ALONE[:3])
+
+
+def test_what_comes_true_is_drafted_sooner(tiny_engine):
+    """A slot's chance rises or falls with what became of its drafts."""
+    size = tiny_engine.vocabulary.size
+    drafter = Recycling(random_matrix(size), Params(drafts="recycled", budget=8), Context(1))
+    before = drafter.propose([5], 1)
+    chances = {0: 0.0, 1: 1.0}  # of the first two: never, and for sure
+    verdict = Verdict((), 0, "corrected", chances, dict.fromkeys(chances, 0.5))
+    checked = tiny_engine.verify(tiny_engine.prefill([5]), before.tree)
+    drafter.learn(Outcome([5], before, checked, verdict, Target(checked, Filters())))
+    drafter._matrix[:] = random_matrix(size)  # the same drafts again
+    after = drafter.propose([5], 1)
+    sooner = dict(zip(after.tree.ids, after.values, strict=True))
+    never, sure = before.tree.ids[:2]
+    assert sooner[never] < before.values[0] and sooner[sure] > before.values[1]
+
+
 def test_unknown_tokens_have_no_drafts():
     matrix = np.full((20, K), UNKNOWN, np.int32)
     for drafts in ("looked up and recycled", "recycled", "template"):
@@ -204,12 +225,12 @@ def test_a_dear_pass_makes_the_tree_small(tiny_engine):
     dear = Cost(10.0, ((1, 1.0), (2, 1.1), (64, 20.0)), 1000.0, 1)
     free = Cost(1e6, ((1, 1.0), (64, 1.0)), 1000.0, 1)
 
-    def largest(cost: Cost) -> int:
+    def largest(cost: Cost, **knobs) -> int:
         artifacts = keeping(random_matrix(tiny_engine.vocabulary.size))
-        events = run(tiny_engine, artifacts=artifacts, cost=cost, max_new=6)
-        return max((len(e.ids) for e in events if isinstance(e, DraftTree)), default=0)
+        events = run(tiny_engine, artifacts=artifacts, cost=cost, max_new=6, **knobs)
+        return max((len(tree.ids) for tree in trees_of(events)), default=0)
 
-    assert largest(dear) < 4 < largest(free) == 16
+    assert largest(dear) < 4 < largest(free) == 16 == largest(dear, fit=False)
 
 
 # The text

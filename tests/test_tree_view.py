@@ -3,14 +3,13 @@
 import json
 import math
 import random
-import shutil
 
 import pytest
 
 from analyzers.trace import Event, RunEnded
 from tests.test_speculation_view import STARTED, tree, wrote
 from tests.test_views import HOSTILE, check, shown, token
-from visualizations import assets, tokens
+from visualizations import tokens
 from visualizations import tree as view
 
 TAGS = {"div", "small", "button", "input", "output", "p", "ul", "li", "b"}
@@ -137,64 +136,48 @@ def test_special_tokens_are_marked():
 # ---- the drawing, in a browser -------------------------------------------------------------------
 
 
-def test_the_slider_the_strip_and_the_text_choose_the_pass():
-    chromium = shutil.which("chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
+def test_the_slider_the_strip_and_the_text_choose_the_pass(browse):
     hostile = "<img src=x onerror=hacked=1>"
     events = [
         *run(5, 12),
         tree(300, (-1, 0, -1), (0,), origin="corrected", texts=(hostile, "<|im_end|>", " b")),
         *wrote(300, 1),
     ]
-    html = (
-        f'<style>{assets.css()}</style><div id="a" class="candor-text">{tokens.render(events)}'
-        f'</div><div id="b">{view.render(events)}</div>'
+    page = browse(
+        f'<div id="a" class="candor-text">{tokens.render(events)}</div>'
+        f'<div id="b">{view.render(events)}</div>'
     )
-    start = """js => { window.seen = []; window.again = [];
-        for (const id of ['a', 'b']) Function('element', 'trigger', 'watch', js)(
-            document.getElementById(id), (name, data) => seen.push(data),
-            (name, done) => again.push(done)); }"""
-    with playwright.sync_playwright() as tool:
-        browser = tool.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page()
-        page.set_content(html)
-        page.evaluate(start, assets.js())
-        at, nodes = page.locator("output"), page.locator(".x-tree .node")
-        passes = data(events)
-        assert page.locator("[data-step]").count() == 6 and at.text_content() == "pass 1 of 6"
-        assert nodes.count() == len(passes[0]["t"]) + 2  # the root, and the model's own token
-        page.locator('[data-move="1"]').click()
-        assert at.text_content() == "pass 2 of 6" and nodes.count() == len(passes[1]["t"]) + 2
-        page.locator("input").fill("3")
-        assert at.text_content() == "pass 4 of 6"
-        page.locator('[data-step="4"]').click()
-        assert at.text_content() == "pass 5 of 6"
-        page.locator('[data-i="300"]').click()  # a token of the answer
-        assert at.text_content() == "pass 6 of 6" and seen(page) == [{"pos": 300}]
-        kinds = [node.get_attribute("class") for node in nodes.all()]
-        assert kinds == ["node root", "node a", "node r", "node r", "node x"]
-        assert nodes.nth(1).locator(".w").text_content() == hostile[:23] + "…"
-        assert page.evaluate("window.hacked") is None
-        title = nodes.nth(1).get_attribute("title")
-        assert "p = 25 %" in title and "coin fell on 0.25" in title and "accepted 50 %" in title
-        assert "accepted 1 of 3 drafts · wrote 2 tokens" in page.locator(".figures").text_content()
-        nodes.nth(4).click()  # the token that was written there opens
-        assert seen(page)[-1] == {"pos": 301}
-        # Rendering anew brings the same drawing back.
-        page.evaluate(
-            "html => { b.innerHTML = html; again.forEach((done) => done()); }", view.render(events)
-        )
-        assert at.text_content() == "pass 6 of 6" and nodes.count() == 5
-        page.locator("[data-play]").click()  # from the beginning, up to the end
-        assert at.text_content() == "pass 1 of 6"
-        page.wait_for_function("document.querySelector('output').textContent === 'pass 2 of 6'")
-        page.locator("[data-play]").click()
-        assert "Play" in page.locator("[data-play]").text_content()
-        browser.close()
+    at, nodes = page.locator("output"), page.locator(".x-tree .node")
+    passes = data(events)
+    assert page.locator("[data-step]").count() == 6 and at.text_content() == "pass 1 of 6"
+    assert nodes.count() == len(passes[0]["t"]) + 2  # the root, and the model's own token
+    page.locator('[data-move="1"]').click()
+    assert at.text_content() == "pass 2 of 6" and nodes.count() == len(passes[1]["t"]) + 2
+    page.locator("input").fill("3")
+    assert at.text_content() == "pass 4 of 6"
+    page.locator('[data-step="4"]').click()
+    assert at.text_content() == "pass 5 of 6"
+    page.locator('[data-i="300"]').click()  # a token of the answer
+    assert at.text_content() == "pass 6 of 6" and seen(page) == [{"pos": 300}]
+    kinds = [node.get_attribute("class") for node in nodes.all()]
+    assert kinds == ["node root", "node a", "node r", "node r", "node x"]
+    assert nodes.nth(1).locator(".w").text_content() == hostile[:23] + "…"
+    assert page.evaluate("window.hacked") is None
+    title = nodes.nth(1).get_attribute("title")
+    assert "p = 25 %" in title and "coin fell on 0.25" in title and "accepted 50 %" in title
+    assert "accepted 1 of 3 drafts · wrote 2 tokens" in page.locator(".figures").text_content()
+    nodes.nth(4).click()  # the token that was written there opens
+    assert seen(page)[-1] == {"pos": 301}
+    # Rendering anew brings the same drawing back.
+    page.evaluate(
+        "html => { b.innerHTML = html; again.forEach((done) => done()); }", view.render(events)
+    )
+    assert at.text_content() == "pass 6 of 6" and nodes.count() == 5
+    page.locator("[data-play]").click()  # from the beginning, up to the end
+    assert at.text_content() == "pass 1 of 6"
+    page.wait_for_function("document.querySelector('output').textContent === 'pass 2 of 6'")
+    page.locator("[data-play]").click()
+    assert "Play" in page.locator("[data-play]").text_content()
 
 
 def seen(page) -> list[dict]:

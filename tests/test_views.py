@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 import unicodedata
 from html.parser import HTMLParser
 
@@ -530,11 +529,7 @@ def test_each_signal_has_a_tint_and_an_underline_for_each_level():
 # ---- the script, in a browser --------------------------------------------------------------------
 
 
-def test_script_selects_moves_and_survives_rendering():
-    chromium = shutil.which("chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
+def test_script_selects_moves_and_survives_rendering(browse):
     pieces = [token(7, "", bytes="f09f"), token(8, "🙂", bytes="9982")]
     answer = tokens.render([token(4, "The"), token(5, " <b>"), token(6, " cap"), *pieces])
     other = panel.render(token(5, " <b>"), "Token 2", True, "")
@@ -542,46 +537,31 @@ def test_script_selects_moves_and_survives_rendering():
     other += history.render(
         [history.RunRow("a", "", "m", "m", "p"), history.RunRow("b", "", "m", "m", "p")]
     )
-    page_html = (
-        f"<style>{assets.css()}</style>"
+    page = browse(
         f'<div id="a" class="candor-text by-entropy">{answer}</div><div id="b">{other}</div>'
     )
-    start = """js => { window.seen = []; window.again = [];
-        for (const id of ['a', 'b']) Function('element', 'trigger', 'watch', js)(
-            document.getElementById(id), (name, data) => seen.push(data),
-            (name, done) => again.push(done)); }"""
-    with playwright.sync_playwright() as tool:
-        browser = tool.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page()
-        page.set_content(page_html)
-        page.evaluate(start, assets.js())
-        page.keyboard.press("Tab")
-        page.keyboard.press("ArrowRight")
-        assert page.locator("#candor-tip .head").text_content() == " <b>"
-        assert page.locator("#candor-tip .row.on").text_content() == "entropy1.25 nats"
-        page.keyboard.press("Enter")
-        page.keyboard.press("End")
-        page.keyboard.press(" ")
-        page.locator('[data-i="8"]').click(position={"x": 1, "y": 8})  # the piece before it
-        page.locator("[data-fork]").click()
-        page.locator('[data-run="b"]').click()
-        page.locator('[data-run="c"]').click()
-        page.locator('[data-pick="a"]').check()
-        assert page.evaluate("seen") == [
-            {"pos": 5}, {"pos": 8}, {"pos": 7}, {"fork": 8, "pos": 5}, {"run": "b"},
-            {"run": "c", "pos": 5}, {"picked": ["a"]},
-        ]  # fmt: skip
-        # Rendering anew takes classes and attributes back; the choice stays.
-        page.evaluate("html => { a.innerHTML = html; again.forEach((done) => done()); }", answer)
-        assert page.locator(".sel").get_attribute("data-i") == "7"
-        assert page.locator('#a [tabindex="0"]').get_attribute("data-i") == "7"
-        page.evaluate(
-            "document.dispatchEvent(new CustomEvent('candor:select', {detail: {pos: 4}}))"
-        )
-        assert page.locator(".sel").text_content() == "The"
-        browser.close()
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#candor-tip .head").text_content() == " <b>"
+    assert page.locator("#candor-tip .row.on").text_content() == "entropy1.25 nats"
+    page.keyboard.press("Enter")
+    page.keyboard.press("End")
+    page.keyboard.press(" ")
+    page.locator('[data-i="8"]').click(position={"x": 1, "y": 8})  # the piece before it
+    page.locator("[data-fork]").click()
+    page.locator('[data-run="b"]').click()
+    page.locator('[data-run="c"]').click()
+    page.locator('[data-pick="a"]').check()
+    assert page.evaluate("seen") == [
+        {"pos": 5}, {"pos": 8}, {"pos": 7}, {"fork": 8, "pos": 5}, {"run": "b"},
+        {"run": "c", "pos": 5}, {"picked": ["a"]},
+    ]  # fmt: skip
+    # Rendering anew takes classes and attributes back; the choice stays.
+    page.evaluate("html => { a.innerHTML = html; again.forEach((done) => done()); }", answer)
+    assert page.locator(".sel").get_attribute("data-i") == "7"
+    assert page.locator('#a [tabindex="0"]').get_attribute("data-i") == "7"
+    page.evaluate("document.dispatchEvent(new CustomEvent('candor:select', {detail: {pos: 4}}))")
+    assert page.locator(".sel").text_content() == "The"
 
 
 @pytest.mark.parametrize("text", HOSTILE)

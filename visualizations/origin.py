@@ -5,13 +5,13 @@ this tint. A thin line begins every pass of the model, and the number behind its
 how many tokens it wrote: both are the style sheet's.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from analyzers.trace import DraftTree, Event
+from analyzers.trace import Event
 from visualizations.charts import LINE, axis, layout
-from visualizations.speculation import steps
+from visualizations.speculation import fits, steps
 from visualizations.text import counted
 
 NAME, LABEL = "origin", "Origin"
@@ -38,7 +38,7 @@ def legend() -> str:
 def figure(events: Sequence[Event]) -> go.Figure | None:
     """Tokens of every pass over the answer: each bar is as wide as it is high. None where nothing
     was drafted. customdata: the first position of the pass, for a click to select it."""
-    if not _drafted(events):
+    if not fits(events):
         return None
     passes = steps(events)
     first = passes[0].pos
@@ -66,7 +66,3 @@ def figure(events: Sequence[Event]) -> go.Figure | None:
             "yaxis": axis("tokens a pass", range=[0, 1.08 * top], nticks=5, tickformat="d"),
         },
     )
-
-
-def _drafted(events: Iterable[Event]) -> bool:
-    return any(isinstance(event, DraftTree) for event in events)

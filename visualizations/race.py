@@ -13,9 +13,10 @@ from visualizations.text import counted, escape, number, percent, quoted
 
 EVEN = 0.05
 """Speeds this close (as a share) are called equal: one race is one measurement."""
-NEAR_TIE = 0.05
+NEAR_TIE = 0.125
 """Nats between the two likeliest tokens. A pass over several tokens rounds otherwise than a pass
-over one, and below this either may come out on top in half precision."""
+over one, and up to this either may come out on top in half precision: for logits of 16 to 32 it is
+the step from one number of bfloat16 to the next."""
 
 
 def head(name: str, events: Sequence[Event], seconds: float, badge: str = "") -> str:
@@ -111,7 +112,7 @@ def _close(token: Token) -> str:
     best, second = (logprob for _, _, logprob in token.top[:2])
     gap = best - second
     means = "a near-tie, which rounding decides"
-    if gap >= NEAR_TIE:
+    if round(gap, 6) > NEAR_TIE:
         means = "which rounding alone does not explain"
     return (
         f". The two likeliest there had {percent(math.exp(best))} and "

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from analyzers.trace import MAIN, DraftTree, Event, Token, surviving
-from visualizations.speculation import Step, reached, steps
+from analyzers.trace import DraftTree, Event, Token, surviving
+from visualizations.speculation import Step, fits, reached, steps
 from visualizations.text import escape, visible
 
 TITLE = "What was drafted, and what survived"
@@ -28,10 +28,6 @@ _KEY = (
     '</li><li class="u"><b></b> never reached</li><li class="x"><b>+</b> the model’s own token</li>'
     "<li>p = the model, q = the drafter, in %; so are the bars</li></ul>"
 )
-
-
-def fits(events: Sequence[Event]) -> bool:
-    return any(isinstance(event, DraftTree) and event.lane == MAIN for event in events)
 
 
 def render(events: Sequence[Event]) -> str:

@@ -119,7 +119,8 @@ class Weighed:
     def draft(self, search: Search, depth: int) -> Draft:
         """The tree that yields most tokens for its cost; an empty one where none pays."""
         nodes = grown(search, self.chance, depth, self._most)
-        pays = worthwhile(nodes, self._price) if self._cost else len(nodes)
+        chances = [node.chance for node in nodes]
+        pays = worthwhile(chances, self._price) if self._cost else len(nodes)
         ended = "more drafts would not have paid" if pays < len(nodes) else "nothing more was found"
         if pays == self._most:
             ended = f"{pays} tokens were to be drafted"
@@ -171,9 +172,10 @@ def grown(search: Search, chance: Callable[[Slot], float], depth: int, most: int
     return nodes
 
 
-def worthwhile(nodes: Sequence[Proposed], price: Callable[[int], float]) -> int:
-    """How many of the nodes, likeliest first, yield most tokens for the price of a pass with them:
-    a pass writes one token and, on average, the sum of the chances."""
-    tokens = accumulate((node.chance for node in nodes), initial=1.0)
+def worthwhile(chances: Sequence[float], price: Callable[[int], float], least: int = 0) -> int:
+    """How many nodes with these chances, likeliest first, yield most tokens for the price of a pass
+    with them, `least` of them or more: a pass writes one token and, on average, the sum of the
+    chances."""
+    tokens = accumulate(chances, initial=1.0)
     yields = [expected / price(n) for n, expected in enumerate(tokens)]
-    return yields.index(max(yields))
+    return yields.index(max(yields[least:]), least)

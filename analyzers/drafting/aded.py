@@ -22,6 +22,7 @@ from typing import Literal
 from analyzers.card import Card
 from analyzers.common.acceptance import follow
 from analyzers.common.drafts import Draft, Drawn, Outcome
+from analyzers.common.lookup import worthwhile
 from analyzers.common.ngrams import PIECE, read_text
 from analyzers.common.speculation import Drafted, write
 from analyzers.common.trigrams import INCREMENT, Node, Trigrams, ordered, paths, search
@@ -145,17 +146,14 @@ class Adaptive:
             self._known = len(text)
 
     def _worthwhile(self, found: Sequence[Proposed]) -> int:
-        """How many of them to draft: those that yield most tokens for their cost, at least one."""
+        """How many of them to draft: those that yield most tokens for their cost, at least one
+        where there is one."""
         most = min(len(found), self._params.choices)
-        if not self._params.fit or self._cost is None:
+        if not found or not self._params.fit or self._cost is None:
             return most
-        hit = self._accepted / self._expected
-        best, count, tokens = 0.0, 0, 1.0
-        for n, each in enumerate(found[:most], start=1):
-            tokens += hit * each.share
-            if tokens / self._cost.v(1 + n) > best:
-                best, count = tokens / self._cost.v(1 + n), n
-        return count
+        cost, hit = self._cost, self._accepted / self._expected
+        chances = [hit * each.share for each in found[:most]]
+        return worthwhile(chances, lambda nodes: cost.v(1 + nodes), least=1)
 
 
 def proposed(table: Trigrams, tree: Node, depth: int) -> list[Proposed]:

@@ -44,6 +44,7 @@ from analyzers.task import Task, chat
 from analyzers.trace import DraftTree, Token
 from app.bench import Progress, Row, data_file, row
 from app.bench.decode import bare
+from visualizations.race import NEAR_TIE
 
 ABOUT = "tokens a pass and speed of every drafting method on 120 prompts (--limit N for fewer)"
 FILE = "spec-bench-120.jsonl"
@@ -58,9 +59,6 @@ EXIT = 0.8
 """Share of the layers that transformers' early exit drafts with."""
 THEIR_LENGTH = 10
 """Tokens of transformers' drafts: what its documentation uses for prompt lookup."""
-NEAR = 0.125
-"""Nats between the two likeliest tokens up to which half precision may choose either: the step from
-one number of bfloat16 to the next for logits of 16 to 32."""
 TARGET, EVERYWHERE = 1.4, 1.0
 """Times as fast as plain decoding overall; as transformers' best in every category."""
 SETTINGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -392,7 +390,7 @@ def _texts(name: str, done: Sequence[Done], ways: Sequence[str]) -> Iterator[Row
     for way in ways:
         here = [each for each in done if each.way == way]
         gaps = [each.gap for each in here if each.gap is not None]
-        far = sum(gap > NEAR for gap in gaps)
+        far = sum(gap > NEAR_TIE for gap in gaps)
         predicted = sum(each.predicted for each in here)
         yield row(
             f"{name}: {way}, the plain text",
