@@ -21,7 +21,9 @@ from tests import tiny
 
 each = pytest.mark.parametrize("method", registry.methods().values(), ids=lambda m: m.name)
 TEXT = "The quick brown fox jumps over the lazy dog; twice. And then it sleeps."
-SMALL = {"max_new": 12, "temperature": 1.0}
+SMALL = {
+    "max_new": 12, "temperature": 1.0, "criterion": "keywords", "wish": "fox", "iterations": 4
+}  # fmt: skip
 
 
 INPUTS = {"passage": "The dog sleeps in the sun. The fox is quick."}

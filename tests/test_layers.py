@@ -37,6 +37,7 @@ LAYERS = (
     Layer("analyzers/home.py", VALUES, ("platformdirs",)),
     Layer("analyzers/engine/digits.py", (*VALUES, "analyzers.engine"), (*LEARNING, "sklearn")),
     Layer("analyzers/engine/", (*VALUES, *HOME, "analyzers.engine"), LEARNING),
+    Layer("analyzers/common/rewards.py", (*VALUES, "analyzers.common"), ("regex",)),
     Layer("analyzers/common/", (*VALUES, "analyzers.engine", "analyzers.common"), LEARNING),
     Layer(
         "analyzers/evaluation/",

@@ -14,5 +14,5 @@ def css() -> str:
 def js() -> str:
     """A function body over `element` and `trigger` (and `watch` where there is one): the common
     listeners, then the drawing of draft trees."""
-    parts = (_HERE / "view.js", _HERE / "tree.js")
+    parts = (_HERE / "view.js", _HERE / "tree.js", _HERE / "search_tree.js")
     return "\n".join(path.read_text(encoding="utf-8") for path in parts)

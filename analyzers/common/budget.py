@@ -2,10 +2,14 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
-from analyzers.trace import Metric
+from analyzers.trace import Event, Metric
 
+if TYPE_CHECKING:
+    from analyzers.engine import Engine
+
+T = TypeVar("T")
 What = Literal["tokens", "evaluations", "nodes"]
 
 
@@ -42,3 +46,25 @@ class Budget:
         for what, count in self.spent.items():
             yield Metric(f"spent {what}", step, count, what)
         yield Metric("spent forwards", step, forwards, "forwards")
+
+
+class Forwards:
+    """Counts the passes of the model that one run makes; another run may use the same model between
+    its events."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+        self.count = 0
+
+    def of(self, events: Generator[Event, None, T]) -> Generator[Event, None, T]:
+        """The same events, and what they return."""
+        while True:
+            before = self._engine.forwards
+            try:
+                event = next(events)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            finally:
+                self.count += self._engine.forwards - before
+            yield event

@@ -38,7 +38,7 @@ class Rollout:
 
 def rollouts(
     engine: Engine,
-    cursor: Cursor,
+    cursor: Cursor | Sequence[Cursor],
     rngs: Sequence[random.Random | None],
     budget: Budget,
     *,
@@ -49,20 +49,24 @@ def rollouts(
 ) -> list[Rollout]:
     """One continuation a generator; None takes the likeliest token at each step.
 
-    The cursor stays as it is. `filters.temperature` must be above 0: it gives the chances. Ends at
-    an end token, after `max_new` tokens, at the model's window, and where `over` says so. Every
-    pass is charged before it is made. together: as one batch, else one after the other.
+    cursor: where all begin, or one for each of them; it stays as it is. `filters.temperature` must
+    be above 0: it gives the chances. Ends at an end token, after `max_new` tokens, at the model's
+    window, and where `over` says so. Every pass is charged before it is made. together: as one
+    batch, else one after the other.
     Raises: BudgetSpent, what was written is then lost; Stopped; ModelBroken.
     """
+    cursors = [cursor] * len(rngs) if isinstance(cursor, Cursor) else cursor
     if not together:
         return [
-            rollouts(engine, cursor, [rng], budget, max_new=max_new, filters=filters, over=over)[0]
-            for rng in rngs
+            rollouts(engine, its, [rng], budget, max_new=max_new, filters=filters, over=over)[0]
+            for its, rng in zip(cursors, rngs, strict=True)
         ]
     found = [Rollout() for _ in rngs]
-    going = {i: engine.fork(cursor) for i in range(len(rngs))}
-    if max_new < 1 or cursor.pos >= engine.context:
-        return found
+    going = {
+        i: engine.fork(its)
+        for i, its in enumerate(cursors)
+        if max_new > 0 and its.pos < engine.context
+    }
     while going:
         budget.charge("tokens", len(going))
         steps = engine.step(list(going.values()), filters=filters)

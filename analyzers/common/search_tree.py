@@ -103,7 +103,7 @@ class SearchTree:
         """What these tokens add to the text; a character that they complete is theirs."""
         before, after = node.tokens, [*node.tokens, *ids]
         decode = self._engine.vocabulary.decode
-        return decode(after)[len(decode(before).rstrip("\ufffd")) :]
+        return decode(after)[len(decode(before)) :]
 
     def prune(self, node: Node, but: Node | None = None) -> None:
         """No open node below `node` is considered further, those below `but` excepted."""

@@ -45,6 +45,7 @@ ASKING = (
         ask.OPEN_PROMPT,
     ),
     Asking("Drafting", "drafting", ("drafting",), "draft_model", COPY_PROMPT, origin.NAME),
+    Asking("Search", "search", ("search",), "rain", ask.ADVICE_PROMPT),
 )
 """The tabs that ask, in their order."""
 

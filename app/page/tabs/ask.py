@@ -27,6 +27,8 @@ from visualizations.signals import PROBABILITY
 FIRST_PROMPT = "What is the capital of Kenya, and since when?"
 OPEN_PROMPT = "Is it dangerous to swallow chewing gum?"
 """One that several answers fit, so that a method can change the answer."""
+ADVICE_PROMPT = "How do I stay safe on a long hike alone?"
+"""One whose answers may be more or less careful."""
 FIRST_INPUTS = {
     "passage": "Mombasa was the first capital of the East Africa Protectorate. In 1905 the British "
     "moved their administration up the railway to Nairobi, a depot in a cool swamp, and Nairobi "
