@@ -149,8 +149,10 @@ def test_what_is_spent_is_segments_and_probes(own_engine):
 def test_filler_is_as_long_as_the_trigger(own_engine):
     check, filler = deepen(own_engine), deepen(own_engine, edge="filler")
     pairs = zip(nodes(check, "trigger"), nodes(filler, "trigger"), strict=True)
-    for one, other in pairs:
-        assert len(one.text) == len(other.text) and one.text != other.text
+    for one, other in ((a.text, b.text) for a, b in pairs):
+        # A character that the text before left unfinished shows as one more.
+        one, other = one.lstrip("\ufffd"), other.lstrip("\ufffd")
+        assert len(one) == len(other) and one != other
 
 
 def test_the_vote_decides(own_engine):

@@ -212,6 +212,7 @@ def test_drafting_shows_first_who_proposed_a_token(bar):
         "generate": "probability",
         "layers": "probability",
         "drafting": "origin",
+        "search": "probability",
     }
 
 

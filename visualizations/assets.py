@@ -13,6 +13,7 @@ def css() -> str:
 
 def js() -> str:
     """A function body over `element` and `trigger` (and `watch` where there is one): the common
-    listeners, then the drawing of draft trees."""
-    parts = (_HERE / "view.js", _HERE / "tree.js", _HERE / "search_tree.js")
-    return "\n".join(path.read_text(encoding="utf-8") for path in parts)
+    listeners, then a block of each view that draws for itself. Strict, because only then does a
+    function of such a block stay inside it."""
+    parts = [_HERE / "view.js", _HERE / "tree.js", _HERE / "search_tree.js"]
+    return "\n".join(["'use strict';", *(path.read_text(encoding="utf-8") for path in parts)])

@@ -401,7 +401,7 @@ def _texts(name: str, done: Sequence[Done], ways: Sequence[str]) -> Iterator[Row
         )
         yield row(f"{name}: {way}, parted at no near-tie", far, "answers", n=len(here))
         yield row(
-            f"{name}: {way}, largest gap where they part", max(gaps, default=0), "nats", n=len(gaps)
+            f"{name}: {way}, largest gap where they part", max(gaps, default=0), "nats", n=len(here)
         )
         if predicted:
             tokens = sum(each.tokens for each in here)
