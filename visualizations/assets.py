@@ -13,7 +13,8 @@ def css() -> str:
 
 def js() -> str:
     """A function body over `element` and `trigger` (and `watch` where there is one): the common
-    listeners, then a block of each view that draws for itself. Strict, because only then does a
-    function of such a block stay inside it."""
-    parts = [_HERE / "view.js", _HERE / "tree.js", _HERE / "search_tree.js"]
-    return "\n".join(["'use strict';", *(path.read_text(encoding="utf-8") for path in parts)])
+    listeners, then what each view draws for itself, in a function of its own so that its names stay
+    inside it."""
+    views = (_HERE / "tree.js", _HERE / "search_tree.js")
+    own = [f"(() => {{\n{path.read_text(encoding='utf-8')}\n}})();" for path in views]
+    return "\n".join([(_HERE / "view.js").read_text(encoding="utf-8"), *own])
