@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from analyzers import registry
 from analyzers.engine.cost import Cost
 from analyzers.home import models_folder
 from analyzers.trace import RunEnded, RunStarted, Token, surviving, text_of
@@ -246,6 +247,8 @@ def test_hostile_text_stays_text(page, served):
     page.get_by_text("Text", exact=True).first.click()
     page.locator("#generate-method").get_by_role("combobox").click()
     page.get_by_role("option", name="Read a text").click()
+    example = registry.method("read").card.example
+    expect(page.locator("#generate-prompt textarea")).to_have_value(example)
     page.locator("#generate-prompt textarea").fill(hostile)
     run(page)
     shown = "".join(tokens(page).all_inner_texts())
