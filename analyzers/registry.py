@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import analyzers
 from analyzers.card import Card, Family
+from analyzers.common.budget import Expected
 from analyzers.errors import BadInput
 from analyzers.trace import Event
 
@@ -16,13 +17,14 @@ from analyzers.trace import Event
 @dataclass(frozen=True)
 class Method:
     """name: the module's. about: its docstring. run(engine, task, params, ctx) yields events
-    and returns why it ended."""
+    and returns why it ended. expect(params): what it will spend, for a search."""
 
     name: str
     card: Card
     params: type
     run: Callable[..., Generator[Event, None, str]]
     about: str
+    expect: Callable[..., Expected] | None = None
 
 
 @cache
@@ -32,7 +34,14 @@ def methods() -> dict[str, Method]:
     for family in get_args(Family):
         for name in _modules(family):
             module = importlib.import_module(f"analyzers.{family}.{name}")
-            found[name] = Method(name, module.CARD, module.Params, module.run, module.__doc__ or "")
+            found[name] = Method(
+                name,
+                module.CARD,
+                module.Params,
+                module.run,
+                module.__doc__ or "",
+                getattr(module, "expect", None),
+            )
     return found
 
 

@@ -48,6 +48,21 @@ class Budget:
         yield Metric("spent forwards", step, forwards, "forwards")
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a search will spend at most by its knobs, before it begins. forwards: passes of the
+    model that writes, those that read several texts at once counted once."""
+
+    tokens: int
+    evaluations: int
+    forwards: int
+
+    def metrics(self) -> Generator[Metric, None, None]:
+        """The same, for the bars that fill while it runs."""
+        for what, count in vars(self).items():
+            yield Metric(f"expected {what}", 0, count, what)
+
+
 class Forwards:
     """Counts the passes of the model that one run makes; another run may use the same model between
     its events."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 from analyzers.common.judges import Judge, Verdict
 from analyzers.common.self_judges import Kind, judge_of
@@ -87,6 +88,8 @@ ITEMS: Mapping[Kind, Items] = {
     "adversarial": _UNDER_ATTACK,
     "truthful": _FACTS,
 }
+_examined: WeakKeyDictionary[Engine, dict[tuple[Kind, bool], "JudgeCheck | None"]]
+_examined = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,19 @@ def check_of(
         return None
     make = partial(judge_of, kind, engine, soft=soft, together=together)
     return check(make, ITEMS[kind])
+
+
+def told(
+    kind: Kind, engine: Engine, *, soft: bool = False, together: bool = True
+) -> Generator[Note | Metric, None, None]:
+    """What a run says of its judge; nothing where no texts of known worth are at hand. A model is
+    examined once as long as it is loaded."""
+    known = _examined.setdefault(engine, {})
+    if (kind, soft) not in known:
+        known[kind, soft] = check_of(kind, engine, soft=soft, together=together)
+    if found := known[kind, soft]:
+        yield note(found)
+        yield from metrics(found)
 
 
 def note(found: JudgeCheck) -> Note:
