@@ -14,6 +14,9 @@ from analyzers.engine.values import PLAIN, Cursor, Options
 from analyzers.engine.writing import SOFTMAX_ROWS, Writing
 from analyzers.errors import BadInput, ModelBroken, ModelLacks
 
+TEXTS_AT_ONCE = 16
+"""Texts whose sentence vectors are made in one pass."""
+
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
@@ -176,14 +179,20 @@ class Looking(Writing):
         model's last normed states. Their dot products are cosines.
 
         Raises: BadInput for an empty text; OutOfContext; ModelBroken."""
+        rows = [self.tokens(text) for text in texts]
+        if not all(rows):
+            raise BadInput("An empty text has no sentence vector.")
         found = torch.empty(len(texts), self.model.config.hidden_size, device=self._device)
-        for row, text in enumerate(texts):
-            ids = self.tokens(text)
-            if not ids:
-                raise BadInput("An empty text has no sentence vector.")
-            self._check_room(len(ids))
-            states = self._run(None, None, [ids], [range(len(ids))], None)
-            found[row] = self._finite(states[0].float().mean(0), ids)
+        for first in range(0, len(rows), TEXTS_AT_ONCE):
+            some = rows[first : first + TEXTS_AT_ONCE]
+            longest = max(map(len, some))
+            self._check_room(longest)
+            # What stands behind a text is not seen by it, so anything fills the shorter ones up.
+            filled = [ids + ids[-1:] * (longest - len(ids)) for ids in some]
+            states = self._run(None, None, filled, [range(longest)] * len(some), None)
+            for row, ids in enumerate(some):
+                mean = states[row, : len(ids)].float().mean(0)
+                found[first + row] = self._finite(mean, ids)
         return torch.nn.functional.normalize(found, dim=-1)
 
     def attention(self, cursor: Cursor, pos: int) -> torch.Tensor:
