@@ -5,13 +5,15 @@ import pkgutil
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import analyzers
 from analyzers.card import Card, Family
-from analyzers.common.budget import Expected
 from analyzers.errors import BadInput
 from analyzers.trace import Event
+
+if TYPE_CHECKING:
+    from analyzers.common.budget import Expected
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Method:
     params: type
     run: Callable[..., Generator[Event, None, str]]
     about: str
-    expect: Callable[..., Expected] | None = None
+    expect: "Callable[..., Expected] | None" = None
 
 
 @cache

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from app import doctor
 
 if TYPE_CHECKING:
     from analyzers.registry import Method
+    from analyzers.trace import RunStarted
+    from app.estimate import Paces
     from sessions.store import Run as StoredRun
     from sessions.store import Store
 
@@ -68,6 +70,8 @@ def _page(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from analyzers import registry
     from analyzers.task import Task, chat
+    from analyzers.trace import RunStarted
+    from app.estimate import Paces
     from app.runner import Job, Runner
     from sessions.export import event_line
 
@@ -91,11 +95,13 @@ def _run(args: argparse.Namespace) -> int:
         runner = Runner(store, remote_code=args.allow_remote_code, measure=False)
         try:
             run = runner.submit(job)
-            beside: list[str] = []
+            beside: dict[str, str] = {}
             for update in run.updates():
                 for stamped in update.new:
                     if args.json:
                         print(event_line(stamped))
+                    elif isinstance(stamped.event, RunStarted):
+                        _foresee(stamped.event, method, Paces(store, but=run.id))
                     else:
                         _show(stamped.event, beside)
                 if update.unsaved:
@@ -374,22 +380,32 @@ def _store() -> "Iterator[Store]":
         store.close()
 
 
-def _show(event: Any, beside: list[str]) -> None:
-    """Print the text as it comes; what is said beside it waits in `beside` for its end."""
+def _foresee(started: "RunStarted", method: "Method", paces: "Paces") -> None:
+    """Say what a search will take: now, for its model is known exactly only when it is loaded."""
+    from app.estimate import estimate
+
+    model = dict(started.model) | {"cost": started.cost}
+    if told := estimate(method, started.params, model, paces):
+        _say(told)
+
+
+def _show(event: Any, beside: dict[str, str]) -> None:
+    """Print the text as it comes; what is said beside it waits in `beside` for its end. Of a metric
+    that is told again and again the last value is said."""
     from analyzers.trace import MAIN, Metric, Note, Token
 
     if isinstance(event, Token) and event.lane == MAIN:
         print(event.text if event.bytes else "", end="")
     elif isinstance(event, Note):
-        beside.append(event.text)
+        beside[event.text] = event.text
     elif isinstance(event, Metric):
-        beside.append(f"{event.name}: {event.value:.4g} {event.unit}".rstrip())
+        beside[event.name] = f"{event.name}: {event.value:.4g} {event.unit}".rstrip()
 
 
-def _status_of(ended: Any, id: str, beside: Sequence[str], quiet: bool) -> int:
+def _status_of(ended: Any, id: str, beside: Mapping[str, str], quiet: bool) -> int:
     if not quiet:
         print()
-        for line in beside:
+        for line in beside.values():
             _say(line)
         _say(
             f"{ended.status}: {ended.reason} · {ended.tokens} tokens in {ended.seconds:.1f} s"

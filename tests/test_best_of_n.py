@@ -32,7 +32,7 @@ def metrics(events) -> dict[tuple[str, int], float]:
 
 def draws(events) -> list[Candidate]:
     """In the order of their generators."""
-    found = [e for e in events if isinstance(e, Candidate) and e.key != "greedy"]
+    found = [e for e in events if isinstance(e, Candidate) and e.key != "plain"]
     return sorted(found, key=lambda candidate: int(candidate.key[1:]))
 
 
@@ -165,7 +165,7 @@ def test_one_of_one_is_the_plain_sample(own_engine):
 def test_the_likeliest_sequence_is_found_where_greedy_misses_it(toy):
     events = choose(toy, n=24, max_new=5)
     assert text_of(events) == "BC"
-    (greedy,) = [e for e in events if isinstance(e, Candidate) and e.key == "greedy"]
+    (greedy,) = [e for e in events if isinstance(e, Candidate) and e.key == "plain"]
     assert greedy.text == "AC" and greedy.logprob == pytest.approx(math.log(0.3), abs=1e-5)
     # Three different answers, visited as often as they were drawn.
     found = {node.text: node for node in nodes(events) if node.parent == 0}
@@ -315,3 +315,12 @@ def test_a_begun_answer_goes_on(own_engine):
     events = list(best_of_n.run(own_engine, task, Params(n=2, max_new=3), Context(1)))
     first = next(e for e in events if isinstance(e, Token))
     assert first.pos == len(own_engine.encode(task))
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"n": 3}, {"n": 9, "tokens": 40}, {"by": "keywords", "wish": "a"}]
+)
+def test_no_more_is_spent_than_was_expected(own_engine, knobs):
+    found = {e.name: e.value for e in choose(own_engine, max_new=8, **knobs) if type(e) is Metric}
+    for what in ("tokens", "evaluations", "forwards"):
+        assert found[f"spent {what}"] <= found[f"expected {what}"]

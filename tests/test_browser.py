@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from analyzers import registry
 from analyzers.engine.cost import Cost
 from analyzers.home import models_folder
-from analyzers.trace import RunEnded, RunStarted, Token, surviving, text_of
+from analyzers.trace import RunEnded, RunStarted, SearchNode, Token, surviving, text_of
 from app.bench.page import FLAGS
 from app.page.context import PageContext
 from app.page.main import application
@@ -493,3 +493,35 @@ def test_a_passage_is_asked_for_where_a_method_needs_one(page):
     page.locator("#generate-run").click()
     expect(page.locator("#generate-inside")).to_contain_text("The most probable span")
     expect(page.locator("#generate-state")).to_contain_text("Done")
+
+
+# A search
+
+
+def test_a_search_with_a_planted_judge_is_stopped_and_its_tree_is_found_in_history(page, served):
+    page.get_by_role("tab", name="Search").click()
+    form = page.locator(".candor-form").locator("visible=true").first
+    form.get_by_role("combobox", name="Criterion").click()
+    page.get_by_role("option", name="keywords").click()
+    wish, said = form.get_by_role("textbox", name="Wish"), page.locator("#search-state")
+    page.locator("#search-run").click()
+    expect(said).to_contain_text("Failed: Name the words that the text should have")
+    told = page.locator("#search-foreseen")
+    expect(told).to_contain_text("At most")
+    before = told.inner_text()
+    wish.fill("water, map, friend")
+    set_length(page, 200)
+    expect(told).not_to_have_text(before)
+    page.locator("#search-run").click()
+    nodes = page.locator("#search-inside .canvas .node")
+    expect(nodes.nth(4)).to_be_visible()
+    page.locator("#search-stop").click()
+    expect(said).to_contain_text("Stopped")
+    expect(page.locator("#search-run")).to_be_enabled()
+    row, events = newest(served[0])
+    assert (row.method, row.status, row.params["criterion"]) == ("rain", "stopped", "keywords")
+    assert sum(isinstance(event, SearchNode) for event in events) > 4
+    page.get_by_role("tab", name="History").click()
+    page.locator(f'#runs [data-run="{row.id}"]').click()
+    expect(page.locator("#history-state")).to_contain_text("Stopped")
+    expect(page.locator("#history-inside .canvas .node").nth(4)).to_be_visible()

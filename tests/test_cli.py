@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 
 from analyzers import registry
 from analyzers.card import Card
+from analyzers.common.budget import Expected
 from analyzers.engine import Engine, load
 from analyzers.engine.quantization import Quantization
 from analyzers.home import database_path
 from analyzers.params import build
 from analyzers.registry import Method
 from analyzers.task import Task
-from analyzers.trace import KINDS, Note, RunStarted, from_data
+from analyzers.trace import KINDS, Metric, Note, RunStarted, from_data
 from app.cli import main
 from app.command import as_command
 from app.runner import Job, ModelChoice
@@ -178,6 +179,26 @@ def test_a_run_that_fails_is_one(call, monkeypatch):
     assert status == 1 and lines(out)[-1]["status"] == "failed"
 
 
+def test_what_a_search_may_take_is_said_before_it_and_what_it_took_after_it(call, monkeypatch):
+    def counts(engine, task, params, ctx):
+        for step in range(3):
+            yield Metric("spent forwards", step, 10.0 * (step + 1), "forwards")
+        return "finished"
+
+    card = Card("Counts", "search", "made up", (Metric,))
+    method = Method("counts", card, Nothing, counts, "", lambda params: Expected(240, 26, 310))
+    monkeypatch.setitem(registry.methods(), "counts", method)
+    _, out, err = call("run", "counts", "--prompt", TEXT)
+    first, spent, ended = err.splitlines()
+    assert first == (
+        "At most 240 tokens, 26 evaluations, 310 forwards · time: known after the first run"
+    )
+    assert (out.strip(), spent) == ("", "spent forwards: 30 forwards")
+    assert ended.startswith("done: finished")
+    assert "on this model" in call("run", "counts", "--prompt", TEXT)[2].splitlines()[0]
+    assert call("run", "counts", "--prompt", TEXT, "--json")[2] == ""
+
+
 def test_a_model_that_is_not_there_is_one(call, monkeypatch):
     monkeypatch.setattr("app.runner.load", load)
     status, out, err = call(*RUN, "--model", "no-such-model")
@@ -213,7 +234,7 @@ def test_the_help_names_every_quantization(call, capsys, monkeypatch):
 
 
 def test_an_interrupt_stops_the_run_and_records_its_ending(call, monkeypatch):
-    def interrupt(event: object, beside: list[str]) -> None:
+    def interrupt(event: object, beside: dict[str, str]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("app.cli._show", interrupt)

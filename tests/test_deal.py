@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from analyzers.common import judge_check
 from analyzers.common.judge_check import JudgeCheck
 from analyzers.common.judges import Verdict
 from analyzers.context import Context
@@ -37,6 +38,9 @@ def plant(monkeypatch):
 
     planted(lambda text: 0.5)
     return planted
+
+
+CHANCE = JudgeCheck(20, 10, 4, 40, 36, "A", 0.4)
 
 
 def searched(engine, seed=0, prompt=PROMPT, **changes):
@@ -470,20 +474,36 @@ def test_a_wish_that_is_none_is_refused_first(changes, own_engine):
 def test_the_model_can_judge_itself(own_engine):
     changes = {"reward": "own", "wish": "short", "weight": 5.0, "max_new": 2, "beams": 2, "keep": 1}
     events, _ = searched(own_engine, prompt="Hi", **changes)
-    assert any(isinstance(event, Note) and "not checked" in event.text for event in events)
     judgements = [event for event in events if isinstance(event, Judgement)]
     nodes = [node for node in tree_of(events).values() if node.node]
     assert judgements and all(0 <= node.detail["h"] <= 1 for node in nodes)
     assert all({"first", "swapped"} <= set(event.detail) for event in judgements)
 
 
-def test_a_judge_at_chance_is_said(own_engine, plant, monkeypatch):
-    found = JudgeCheck(20, 10, 4, 40, 36, "A", 0.4)
-    monkeypatch.setattr(deal, "check_of", lambda *given, **options: found)
-    said = [event for event in searched(own_engine, reward="harmless")[0] if type(event) is Note]
-    assert said[0].level == "warning" and "at chance" in said[0].text
-    off = searched(own_engine, reward="harmless", check=False)[0]
-    assert not any(isinstance(event, Note) and "at chance" in event.text for event in off)
+def test_a_judge_at_chance_is_said_behind_the_answer(own_engine, plant, monkeypatch):
+    monkeypatch.setitem(judge_check._examined, own_engine, {("harmless", True): CHANCE})
+    events = searched(own_engine, reward="harmless")[0]
+    (at,) = [i for i, event in enumerate(events) if "at chance" in getattr(event, "text", "")]
+    assert events[at].level == "warning"
+    assert at > max(i for i, event in enumerate(events) if isinstance(event, Token))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "token"},
+        {"mode": "token", "reuse": False},
+        {"mode": "segment", "lookahead": 2},
+        {"mode": "segment", "lookahead": 2, "temperature": 0.0},
+        {"mode": "segment", "lookahead": 2, "select": "best-first"},
+    ],
+)
+def test_no_more_is_spent_than_was_expected(changes, own_engine, plant):
+    plant(lambda text: len(set(text)) % 7 / 6)
+    events, _ = searched(own_engine, **changes)
+    numbers = {event.name: event.value for event in events if isinstance(event, Metric)}
+    for what in ("tokens", "evaluations", "forwards"):
+        assert 0 < numbers[f"spent {what}"] <= numbers[f"expected {what}"]
 
 
 def of_ids(search, *ids_and_h):
@@ -522,4 +542,4 @@ def test_the_judge_reads_the_begun_answer_and_the_look_ahead(own_engine, monkeyp
     list(deal.run(own_engine, Task(PROMPT, prefix=" Oh"), params, Context(0)))
     greedy = beam_search(own_engine, own_engine.encode(Task(PROMPT + " Oh")), 1, 1, 5)[1]
     texts = [" Oh" + own_engine.vocabulary.decode(greedy[:end]) for end in (4, 5)]
-    assert read == list(dict.fromkeys(texts))
+    assert read == list(dict.fromkeys(texts))  # the plain answer, judged first, is one of them

@@ -1,6 +1,7 @@
 """The page's frame, without a browser: what it refuses to serve, its style sheet, and the model
 bar on a runner that only pretends to load."""
 
+import dataclasses
 import re
 import socket
 from collections.abc import Iterator
@@ -9,12 +10,16 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
+from analyzers import registry
+from analyzers.common.budget import Expected
 from analyzers.engine.sources import Listed
 from analyzers.errors import BadInput, ModelNotFound, Stopped
 from analyzers.task import Task
 from analyzers.trace import surviving
+from app.estimate import Paces
 from app.page import main, model_bar, theme
 from app.page.context import PageContext
+from app.page.forms import build_form
 from app.page.main import ASKING
 from app.page.model_bar import ModelBar
 from app.page.tabs.ask import AskTab
@@ -180,7 +185,7 @@ def test_a_model_without_chat_template_turns_the_prompt_into_text(bar):
     last = list(bar.load(form(bar, "some-base"), HERE))[-1]
     assert last[bar.can_chat] is False and "text mode" in last[bar.top]
     with gr.Blocks():
-        tab = AskTab(bar.ctx, gr.State(True), ASKING[0])
+        tab = AskTab(bar.ctx, gr.State(True), gr.State(""), ASKING[0])
     mode, hint = tab.fit_model(False, "sampling")
     assert mode.value == "raw" and [value for _, value in mode.choices] == ["raw"]
     assert hint.visible
@@ -192,7 +197,7 @@ def test_a_model_without_chat_template_turns_the_prompt_into_text(bar):
 
 def test_an_example_gives_way_to_that_of_the_method_and_ones_own_prompt_stays(bar):
     with gr.Blocks():
-        tab = AskTab(bar.ctx, gr.State(True), ASKING[0])
+        tab = AskTab(bar.ctx, gr.State(True), gr.State(""), ASKING[0])
     example = tab.methods["momentum"].card.example
     assert example and tab.pick_method("momentum", True, tab.asking.prompt)[2] == example
     assert tab.pick_method("sampling", True, example)[2] == tab.asking.prompt
@@ -205,9 +210,51 @@ def test_an_example_gives_way_to_that_of_the_method_and_ones_own_prompt_stays(ba
     assert shown == {"exact_extract": True, "sampling": False}
 
 
+def test_what_a_search_will_take_follows_its_knobs_and_its_method(bar, monkeypatch):
+    made = dataclasses.replace(
+        registry.method("rain"),
+        expect=lambda params: Expected(10 * params.iterations, params.iterations, 100),
+    )
+    monkeypatch.setitem(registry.methods(), "rain", made)
+    bar.ctx.paces = Paces(SimpleNamespace(runs=lambda limit: []))
+    with gr.Blocks():
+        tab = AskTab(bar.ctx, gr.State(True), gr.State(""), ASKING[3])
+        plain = AskTab(bar.ctx, gr.State(True), gr.State(""), ASKING[0])
+    iterations = next(form for form in tab.forms if form.method is made).widgets["iterations"]
+    given = {tab.method: "rain"} | {
+        widget: widget.value for form in tab.forms for widget in form.widgets.values()
+    }
+    bar.ctx.runner.put(ModelChoice(), cost=None)
+    told = tab.foresee(given | {iterations: 3}, HERE)
+    assert "At most 30 tokens, 3 evaluations, 100 forwards · time: known after" in told
+    bar.ctx.runner.put(ModelChoice())
+    assert "2 s or more on this model" in tab.foresee(given | {iterations: 3}, HERE)
+    assert tab.foresee(given | {iterations: 1000}, HERE) == ""
+    assert plain.foresee({plain.method: "sampling"}, HERE) == ""
+
+
+def test_the_tabs_hear_of_another_model_and_of_its_cost(bar):
+    bar.ctx.runner.put(ModelChoice(), cost=None)
+    loaded = bar.look(HERE)[bar.model]
+    bar.ctx.runner.put(ModelChoice())
+    measured = bar.look(HERE)[bar.model]
+    last = list(bar.load(form(bar, "org/other-model"), HERE))[-1]
+    assert len({loaded, measured, last[bar.model], bar.look(THERE)[bar.model]}) == 3
+    assert bar.look(THERE)[bar.model] == measured
+
+
+def test_a_second_model_is_chosen_from_what_there_is_or_typed(monkeypatch):
+    near = Listed("near", "Near", "builtin", True, 100)
+    monkeypatch.setattr(model_bar.sources, "listed", lambda: [near])
+    with gr.Blocks():
+        judge = build_form(registry.method("rain"), True).widgets["judge"]
+    assert judge.choices == [("–", ""), ("Near · ready", "near")]
+    assert judge.value == "" and judge.allow_custom_value
+
+
 def test_drafting_shows_first_who_proposed_a_token(bar):
     with gr.Blocks():
-        tabs = {each.name: AskTab(bar.ctx, gr.State(True), each) for each in ASKING}
+        tabs = {each.name: AskTab(bar.ctx, gr.State(True), gr.State(""), each) for each in ASKING}
     assert {name: tab.shown.signal.value for name, tab in tabs.items()} == {
         "generate": "probability",
         "layers": "probability",
@@ -275,7 +322,7 @@ def test_what_is_needed_is_foreseen_and_nothing_is_fetched(bar, monkeypatch):
     assert "int8 needs 162 MB; 20 GB free" in bar.foresee(form(bar, "near"))
     assert "fetched first, once: 240 MB" in bar.foresee(form(bar, "far"))
     assert "Not on this computer" in bar.foresee(form(bar, "org/unknown"))
-    assert ("Far · fetched on demand, 240 MB", "far") in model_bar._choices("near")
-    assert ("Made · made on demand", "made") in model_bar._choices("near")
+    assert ("Far · fetched on demand, 240 MB", "far") in model_bar.choices("near")
+    assert ("Made · made on demand", "made") in model_bar.choices("near")
     told = bar.foresee(form(bar, "made"))
     assert "A demonstration &lt;here&gt;." in told and "made from what is here first" in told

@@ -173,6 +173,8 @@ def test_the_form_has_a_fitting_widget_for_every_knob_and_starts_at_the_defaults
         elif row.choices:
             assert isinstance(widget, gr.Dropdown)
             assert [value for _, value in widget.choices] == list(row.choices)
+        elif row.kind is ModelRef:
+            assert isinstance(widget, gr.Dropdown) and widget.allow_custom_value
         else:
             assert isinstance(widget, gr.Textbox) and widget.lines == row.lines
     shown = {widget: widget.value for widget in form.widgets.values()}

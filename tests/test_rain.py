@@ -18,6 +18,7 @@ from analyzers.params import build
 from analyzers.search import rain
 from analyzers.task import Task
 from analyzers.trace import (
+    Candidate,
     Event,
     Judgement,
     Metric,
@@ -65,6 +66,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], float |
     def use(value: Callable[[str], float | None]) -> Scripted:
         judge = Scripted(value)
         monkeypatch.setattr(rain, "judge_of", lambda *args, **knobs: judge)
+        monkeypatch.setattr(rain, "told", lambda *args, **knobs: iter(()))
         return judge
 
     return use
@@ -458,3 +460,24 @@ def test_what_cannot_be_searched_is_said_before_anything_is_written(own_engine, 
     with pytest.raises(BadParameter, match=says):
         next(run)
     assert own_engine.forwards == before
+
+
+@pytest.mark.parametrize("knobs", [{}, {"lengths": (1, 2, 4)}, {"reuse": False, "lengths": (2,)}])
+def test_no_more_is_spent_than_was_expected(own_engine, judged, knobs):
+    judged(ups_and_downs)
+    found = {e.name: e.value for e in play(own_engine, **knobs) if isinstance(e, Metric)}
+    for what in ("tokens", "evaluations", "forwards"):
+        assert 0 < found[f"spent {what}"] <= found[f"expected {what}"]
+
+
+def test_the_plain_answer_comes_first_and_is_not_charged(own_engine, judged):
+    judged(ups_and_downs)
+    events = play(own_engine)
+    (plain,) = [i for i, event in enumerate(events) if isinstance(event, Candidate)]
+    assert plain < min(i for i, event in enumerate(events) if isinstance(event, SearchNode))
+    greedy = sampling.Params(temperature=0, max_new=6)
+    assert events[plain].text == text_of(list(sampling.run(own_engine, TASK, greedy, Context(7))))
+    (judgement,) = [e for e in events if isinstance(e, Judgement) and e.target == "plain"]
+    assert judgement.key == "e0"
+    first = next(e for e in events if isinstance(e, Metric) and e.name == "spent tokens")
+    assert first.step == 1 and first.value <= SMALL["rollout"] + 1

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from analyzers.common.judges import Judge, Verdict
 from analyzers.common.self_judges import Kind, judge_of
 from analyzers.engine import Engine
+from analyzers.errors import BadInput
 from analyzers.trace import Metric, Note
 
 Items = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
@@ -160,10 +161,14 @@ def told(
     kind: Kind, engine: Engine, *, soft: bool = False, together: bool = True
 ) -> Generator[Note | Metric, None, None]:
     """What a run says of its judge; nothing where no texts of known worth are at hand. A model is
-    examined once as long as it is loaded."""
+    examined once as long as it is loaded, and a run does not fail because it cannot be."""
     known = _examined.setdefault(engine, {})
     if (kind, soft) not in known:
-        known[kind, soft] = check_of(kind, engine, soft=soft, together=together)
+        try:
+            known[kind, soft] = check_of(kind, engine, soft=soft, together=together)
+        except BadInput as error:
+            yield Note("info", f"The judge was not examined: {error}")
+            return
     if found := known[kind, soft]:
         yield note(found)
         yield from metrics(found)

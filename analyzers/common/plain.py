@@ -6,6 +6,7 @@ from analyzers.common.judges import Court
 from analyzers.context import Context
 from analyzers.engine import Cursor, Engine, Filters
 from analyzers.engine.signals import DIGITS
+from analyzers.task import Task
 from analyzers.trace import Candidate, Judgement
 
 PLAIN = "plain"
@@ -13,10 +14,15 @@ PLAIN = "plain"
 
 
 def plain(
-    engine: Engine, cursor: Cursor, ctx: Context, max_new: int, court: Court | None = None
+    engine: Engine,
+    cursor: Cursor,
+    task: Task,
+    ctx: Context,
+    max_new: int,
+    court: Court | None = None,
 ) -> Generator[Candidate | Judgement, None, None]:
-    """The greedy answer behind `cursor`, which stays where it is, and what `court` says of it. Its
-    tokens are not those of the search.
+    """The greedy answer behind `cursor`, which stays where it is, and what `court` says of all of
+    it, its beginning included. Its tokens are not those of the search.
 
     Raises: BudgetSpent and what the judge raises; the answer was told by then."""
     (sample,) = engine.sample(
@@ -25,4 +31,5 @@ def plain(
     text = engine.vocabulary.decode(sample.ids)
     yield Candidate(PLAIN, PLAIN, text, round(sum(sample.logprobs), DIGITS))
     if court:
-        yield from court.hear([text], PLAIN)
+        begun = task.prefix + engine.vocabulary.decode([token.id for token in task.written])
+        yield from court.hear([begun + text], PLAIN)

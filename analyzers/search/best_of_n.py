@@ -15,7 +15,7 @@ Differs from the source: answers that were cut off are compared by log-probabili
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import ceil, exp, inf, log
 from random import Random
 from statistics import fmean
 from typing import Literal, cast
@@ -23,8 +23,11 @@ from typing import Literal, cast
 from analyzers.card import Card
 from analyzers.common import best_of
 from analyzers.common.answers import final_answer, vote
-from analyzers.common.budget import Budget, BudgetSpent, Forwards
+from analyzers.common.budget import Budget, BudgetSpent, Expected, Forwards
+from analyzers.common.judge_check import told
 from analyzers.common.judges import Court
+from analyzers.common.judging_passes import passes_a_text
+from analyzers.common.plain import PLAIN
 from analyzers.common.search_tree import Node, SearchTree
 from analyzers.common.self_judges import Kind, asked, judge_of
 from analyzers.common.written import forced
@@ -47,6 +50,8 @@ CARD = Card(
 )
 SIDE_BY_SIDE = 8
 """Answers that are written in one batch."""
+READ_AT_ONCE = 64
+"""Tokens of the choice that are read in one pass, when it is written."""
 SEEN = 1e-6
 """Of an answer that is less likely, how many draws find it is of no use."""
 MISS = 0.05
@@ -89,6 +94,18 @@ class Params:
     )
 
 
+def expect(params: Params) -> Expected:
+    """For the greedy answer and `n` draws that are never over early; all that are written side by
+    side take one pass a token. Reading the prompt is one more, and so is writing the choice."""
+    judged = params.by not in _UNITS
+    texts = params.n + 1 if judged else 0
+    tokens = min((params.n + 1) * params.max_new, params.tokens or inf)
+    passes = min((1 + ceil(params.n / SIDE_BY_SIDE)) * params.max_new, tokens)
+    passes += texts * passes_a_text(cast(Kind, params.by)) if judged else 0
+    reading = 1 + ceil(params.max_new / READ_AT_ONCE)
+    return Expected(int(tokens), texts, int(passes) + reading)
+
+
 @dataclass(eq=False)
 class Answer:
     """logprob: of all of it, raw, nats. final: what it comes down to. score: the higher the better;
@@ -122,9 +139,11 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
         )
     choice = Choice(engine, task, params, ctx)
     yield from task.written
-    passes = Forwards(engine)
-    why = yield from passes.of(choice.made(task))
-    yield from choice.budget.metrics(len(choice.pool), passes.count)
+    yield from expect(params).metrics()
+    why = yield from choice.forwards.of(choice.made(task))
+    yield from choice.spent()
+    if choice.court:
+        yield from told(cast(Kind, params.by), engine, soft=True)
     return why
 
 
@@ -134,6 +153,7 @@ class Choice:
     def __init__(self, engine: Engine, task: Task, params: Params, ctx: Context) -> None:
         self.engine, self.params, self.ctx = engine, params, ctx
         self.budget = Budget(tokens=params.tokens)
+        self.forwards = Forwards(engine)
         self.tree = SearchTree(engine, self.budget)
         self.tree.root.status = "committed"
         self.tree.root.detail["kind"] = "root"
@@ -176,7 +196,7 @@ class Choice:
     # Drawing
 
     def greedy(self, cursor: Cursor) -> Generator[Event, None, Answer]:
-        """The answer that others are compared with; it is not chosen."""
+        """The plain answer that others are compared with; it is not chosen."""
         (sample,) = self.engine.sample(
             cursor,
             1,
@@ -258,8 +278,8 @@ class Choice:
         node.detail["iteration"] = number
         if not number:
             node.detail["reason"] = "greedy, to compare with"
-        key = f"s{number}" if number else "greedy"
-        yield Candidate(key, "samples", node.text, round(logprob, DIGITS))
+        key, group = (f"s{number}", "samples") if number else (PLAIN, PLAIN)
+        yield Candidate(key, group, node.text, round(logprob, DIGITS))
         if self.params.by == "sum":
             answer.score = logprob
         elif self.params.by == "mean":
@@ -267,14 +287,19 @@ class Choice:
         elif self.court:
             yield from self.tree.news()
             ((judged, verdict),) = yield from self.court.hear(
-                [self.begun + node.text], str(node.number)
+                [self.begun + node.text], str(node.number) if number else PLAIN
             )
             if judged not in node.evals:
                 node.evals.append(judged)
             answer.score = verdict.score
         self.value(answer, drawn=number > 0)
         yield from self.tree.news()
+        yield from self.spent(number)
         return answer
+
+    def spent(self, drawn: int = 0) -> Generator[Metric, None, None]:
+        """So far; drawn: how many answers that is, all of the pool where it is not said."""
+        yield from self.budget.metrics(drawn or len(self.pool), self.forwards.count)
 
     def value(self, answer: Answer, drawn: bool) -> None:
         """Put its score on its node, which only what is drawn visits."""

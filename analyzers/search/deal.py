@@ -25,9 +25,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from analyzers.card import Card
-from analyzers.common.budget import Budget, BudgetSpent, Forwards
-from analyzers.common.judge_check import check_of, metrics, note
+from analyzers.common.budget import Budget, BudgetSpent, Expected, Forwards
+from analyzers.common.judge_check import told
 from analyzers.common.judges import Court, Judge
+from analyzers.common.judging_passes import passes_a_text
+from analyzers.common.plain import plain
 from analyzers.common.prefixes import Prefixes
 from analyzers.common.rollouts import rollouts
 from analyzers.common.search_tree import Node, SearchTree
@@ -78,13 +80,33 @@ class Params:
     max_new: int = knob(32, "When to stop writing", lo=1, hi=1024, unit="tokens")
     tokens: int = knob(4096, "Most tokens to write, look-ahead included; 0 = any", lo=0, hi=1 << 20)
     evaluations: int = knob(0, "Most texts to judge; 0 = any", lo=0, hi=1 << 20)
-    check: bool = knob(True, "First see whether a model that judges knows good texts from bad ones")
     reuse: bool = knob(True, "Keep what was computed, and write side by side")
 
     @property
     def mean(self) -> bool:
         """Whether log P is taken per token: texts of different lengths compete."""
         return self.mode == "segment" or self.select == "best-first"
+
+
+def expect(params: Params) -> Expected:
+    """For texts of `max_new` tokens, `keep` of them at each step with `beams` proposals each; in
+    best-first order as many, one after the other.
+
+    Passes: a batch counts once a token; reading a text that goes on is one, so is writing a step of
+    the answer. A model judges each text in passes of its own.
+    """
+    segment, side_by_side = params.mode == "segment", params.select == "beam"
+    length = min(max(params.lookahead, 1), params.max_new) if segment else 1
+    written = length if segment else 1 + min(params.lookahead, params.max_new - 1)
+    steps = math.ceil(params.max_new / length)
+    texts = steps * params.keep * params.beams
+    tokens = min(texts * written, params.tokens or math.inf)
+    evaluations = min(texts + 1, params.evaluations or math.inf)
+    turns = steps if side_by_side else steps * params.keep
+    batched = params.reuse and (not segment or params.temperature > 0)
+    passes: float = turns * written if batched else texts * (written + 1)
+    passes += steps * (params.keep + 2) + evaluations * passes_a_text(params.reward)
+    return Expected(int(tokens), int(evaluations), int(passes))
 
 
 @dataclass(eq=False)
@@ -107,7 +129,9 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
 
     Node values are the judge's; detail has log P, h, its parts, c and the look-ahead. Texts that
     were finished are Candidates; of them the answer is the best, and without any the best
-    unfinished one. A spent budget ends the search with the best so far.
+    unfinished one. A spent budget ends the search with the best so far. The plain answer comes
+    first, and last how good a model is that judges; both are no part of what is spent, but for the
+    judgement of the plain answer.
     Raises: BadParameter for a wish that is none, no look-ahead for segments, and a budget too small
     for the first step.
     """
@@ -119,8 +143,14 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     if why := over(engine, (), task.written):
         return why
     search = _Search(engine, task, params, ctx, judge)
-    why = yield from search.forwards.of(search.run())
+    yield from expect(params).metrics()
+    if len(search.prompt) >= engine.context:
+        return "context full"
+    cursor = ctx.begin(engine, search.prompt)
+    yield from plain(engine, cursor, task, ctx, params.max_new, search.court)
+    why = yield from search.forwards.of(search.run(cursor))
     yield from search.spent()
+    yield from told(params.reward, engine, soft=True, together=params.reuse)
     return why
 
 
@@ -146,12 +176,9 @@ class _Search:
         self.rewards: set[float] = set()
         self.iteration = 0
 
-    def run(self) -> Generator[Event, None, str]:
-        """The whole search; return why it ended."""
-        if len(self.prompt) >= self.engine.context:
-            return "context full"
-        cursor, why = self.ctx.begin(self.engine, self.prompt), ""
-        yield from self._checked()
+    def run(self, cursor: Cursor) -> Generator[Event, None, str]:
+        """The whole search; return why it ended. cursor: where the answer is written."""
+        why = ""
         try:
             while self.frontier and len(self.ended) + len(self.cut) < self.params.keep:
                 yield from self._step()
@@ -179,21 +206,6 @@ class _Search:
         if best in self.ended:
             return "end token"
         return "max_new reached" if length == self.params.max_new else "context full"
-
-    def _checked(self) -> Generator[Note | Metric, None, None]:
-        """What a model that judges itself knows."""
-        kind, reuse = self.params.reward, self.params.reuse
-        if kind == "own":
-            yield Note(
-                "info",
-                "Whether the model can judge by this wish was not checked: no texts of known worth "
-                "are at hand for it.",
-            )
-        elif self.params.check and (
-            found := check_of(kind, self.engine, soft=True, together=reuse)
-        ):
-            yield note(found)
-            yield from metrics(found)
 
     def _step(self) -> Generator[Event, None, None]:
         """Write on the hypotheses whose turn it is, judge what they propose, keep the best."""
@@ -439,8 +451,8 @@ def _check(params: Params) -> None:
             f"A budget of {params.tokens} tokens is too small for one step: {params.beams} "
             f"proposals of {length} tokens take {params.beams * length}."
         )
-    if 0 < params.evaluations < params.beams:
+    if 0 < params.evaluations <= params.beams:
         raise BadParameter(
             f"A budget of {params.evaluations} evaluations is too small for one step: it judges "
-            f"{params.beams} texts."
+            f"{params.beams} texts, and the plain answer was judged before."
         )

@@ -28,9 +28,12 @@ import torch
 from analyzers.card import Card
 from analyzers.common import puct, stops
 from analyzers.common.alike import Alike
-from analyzers.common.budget import Budget, BudgetSpent, Forwards
+from analyzers.common.budget import Budget, BudgetSpent, Expected, Forwards
 from analyzers.common.embedding import embedder
+from analyzers.common.judge_check import told
 from analyzers.common.judges import Court, Verdict
+from analyzers.common.judging_passes import passes_a_text
+from analyzers.common.plain import plain
 from analyzers.common.prefixes import Prefixes
 from analyzers.common.rollouts import Rollout, never_over, rollouts
 from analyzers.common.search_tree import Node, SearchTree
@@ -42,13 +45,13 @@ from analyzers.engine.signals import DIGITS
 from analyzers.errors import BadParameter
 from analyzers.params import ModelRef, knob
 from analyzers.task import Task
-from analyzers.trace import Event, Judgement, Metric, Note, SearchNode, Token
+from analyzers.trace import Candidate, Event, Judgement, Metric, Note, SearchNode, Token
 
 CARD = Card(
     "RAIN",
     family="search",
     source="Li et al. 2024, arXiv:2309.07124; github.com/SafeAILab/RAIN",
-    emits=(SearchNode, Judgement, Token, Metric, Note),
+    emits=(SearchNode, Candidate, Judgement, Token, Metric, Note),
     needs=("logits",),
 )
 
@@ -82,20 +85,57 @@ class Params:
     judge: ModelRef = knob(ModelRef(""), "Another model as the judge; empty = the model itself")
     reuse: bool = knob(True, "Keep what was computed, write side by side; off = same but slower")
 
+    @property
+    def tries(self) -> int:
+        """Sets to draw beside the greedy one, at most. The adversarial set-up draws again where
+        others would drop what was drawn twice."""
+        return (2 if self.criterion == "adversarial" else 1) * self.candidates - 1
+
+
+def expect(params: Params) -> Expected:
+    """For a text of `max_new` tokens of which no set is good enough to be committed early.
+
+    Of a commit's looks at least one was made before it, since its set was visited. A look writes on
+    for `rollout` tokens, asks the judge, and draws sets as long as the longest. Passes: a batch of
+    sets counts once a token; reading a new text is one, the judge's question another, and so is
+    what tells texts that say the same. Not counted: what is added later where all was bad.
+    """
+    longest = max(params.lengths, default=1)
+    commits, rest = 0, params.max_new
+    while rest > 0 and min(params.lengths, default=0) > 0:
+        rest -= params.lengths[min(commits, len(params.lengths) - 1)]
+        commits += 1
+    looks = params.iterations + max(commits - 1, 0) * max(params.iterations - 1, params.least)
+    sets = 1 + params.tries
+    tokens = min(looks * (params.rollout + sets * longest), params.budget)
+    batches = sets - params.candidates + 1 if params.reuse else sets
+    judging = 0 if params.judge else passes_a_text(params.criterion)
+    reading = 1 + bool(params.gamma) if params.reuse else 1 + sets
+    passes = looks * (params.rollout + batches * longest + judging + reading) + 2 * commits
+    return Expected(tokens, looks + 1, passes)
+
 
 def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[Event, None, str]:
     """Yield the SearchNodes and Judgements of every look at the tree, and the Tokens of every set
-    that is committed; return why the text ended.
+    that is committed; return why the text ended. Before it the plain answer, and behind it how good
+    the judge is.
 
-    Metrics count looks (`step`): value and visits of the best child, and what was spent at the end
-    (forwards of the model that writes; those of a judge are with its Judgements).
+    Metrics count looks (`step`): value and visits of the best child, and what was spent so far
+    (forwards of the model that writes; those of a judge are with its Judgements). To read the
+    prompt and to write the plain answer is no part of the search.
     Raises: BadParameter for a criterion that is not told, set lengths that are none, or a budget
     below one look; and as the engine.
     """
     yield from task.written
     search = Search(engine, task, params, ctx)
-    why = yield from search.forwards.of(search.run(ctx))
+    yield from expect(params).metrics()
+    cursor = ctx.begin(engine, search.prompt)
+    why = stops.over(engine, [], task.written) or search.why_over(search.top)
+    if not why:
+        yield from plain(engine, cursor, task, ctx, params.max_new, search.court)
+        why = yield from search.forwards.of(search.run(cursor))
     yield from search.summary()
+    yield from told(params.criterion, search.judging, soft=params.soft, together=params.reuse)
     return why
 
 
@@ -108,9 +148,7 @@ class Search:
         visits, temperature = DEFAULTS.get(params.criterion, (6, 1.0))
         self.enough = params.visits or visits
         self.filters = Filters(temperature=params.temperature or temperature, top_k=TOP_K)
-        # The adversarial set-up draws again where others would drop what was drawn twice.
-        self.tries = (2 if params.criterion == "adversarial" else 1) * params.candidates - 1
-        first = 1 if params.lengths[0] == 1 else (1 + self.tries) * params.lengths[0]
+        first = 1 if params.lengths[0] == 1 else (1 + params.tries) * params.lengths[0]
         if params.budget < params.rollout + first:
             raise BadParameter(
                 f"A budget of {params.budget:,} tokens is too small for one look at the tree, "
@@ -120,7 +158,6 @@ class Search:
         self.prompt = engine.encode(task)
         self.room = min(params.max_new, engine.context - len(self.prompt))
         self.begun = task.prefix
-        self.written = task.written
         self.written_ids = [token.id for token in task.written]
         self.budget = Budget(tokens=params.budget)
         self.tree = SearchTree(engine, self.budget)
@@ -128,10 +165,10 @@ class Search:
         self.top.status = "committed"
         self.top.detail["kind"] = "root"
         self.prefixes = Prefixes(engine, reuse=params.reuse)
-        judging = ctx.engine(params.judge) if params.judge else engine
+        self.judging = ctx.engine(params.judge) if params.judge else engine
         judge = judge_of(
             params.criterion,
-            judging,
+            self.judging,
             asked(task),
             spec=params.wish,
             soft=params.soft,
@@ -151,14 +188,14 @@ class Search:
 
     # The search
 
-    def run(self, ctx: Context) -> Generator[Event, None, str]:
-        """Look around and commit in turns until the text ends; return why."""
-        cursor = ctx.begin(self.engine, self.prompt)
+    def run(self, cursor: Cursor) -> Generator[Event, None, str]:
+        """Look around and commit in turns until the text ends; return why. cursor: behind the
+        prompt, where the answer is written."""
         if self.params.gamma:
             embed = embedder(self.engine)
             self.alike = Alike(embed, self.params.gamma)
             yield Note("info", embed.note)
-        why = stops.over(self.engine, [], self.written) or self.why_over(self.top)
+        why = ""
         while not why:
             try:
                 reason = yield from self.look_around()
@@ -180,6 +217,7 @@ class Search:
             if best.value is not None:
                 yield Metric("best child's value", self.looks, round(best.value, DIGITS), "value")
             yield Metric("best child's visits", self.looks, best.real_visits, "visits")
+            yield from self.budget.metrics(self.looks, self.forwards.count)
             if puct.settled(best.value, best.real_visits, self.enough, self.params.good):
                 return (
                     f"visited {best.real_visits} times, more than {self.enough}, "
@@ -297,7 +335,7 @@ class Search:
             for each in self.sets(node, draws):
                 found.setdefault(tuple(each.ids), each.chance)
             drawn += sum(draw is not None for draw in draws)
-            missing = min(self.params.candidates - len(found), self.tries - drawn)
+            missing = min(self.params.candidates - len(found), self.params.tries - drawn)
             draws = list(range(drawn, drawn + missing))
         self.drawn[node.number] = drawn
         greedy, *others = found.values()

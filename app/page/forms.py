@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from analyzers.params import Knob, knobs
+from analyzers.params import Knob, ModelRef, knobs
 from analyzers.registry import Method
+from app.page import model_bar
 
 # So many knobs are seen at once; the others wait under "More settings".
 IN_SIGHT = 3
@@ -44,7 +45,7 @@ def widget(row: Knob) -> gr.components.Component:
     """The one table from kinds of knobs to widgets."""
     unit = f" ({row.unit})" if row.unit else ""
     common: dict[str, Any] = {"label": row.label + unit, "info": row.help, "value": row.default}
-    return _WIDGETS.get(row.kind, _text)(row, common)  # text, and references to models and files
+    return _WIDGETS.get(row.kind, _text)(row, common)  # text, and references to files
 
 
 def _slider(row: Knob, common: dict[str, Any]) -> gr.components.Component:
@@ -57,10 +58,17 @@ def _text(row: Knob, common: dict[str, Any]) -> gr.components.Component:
     return gr.Textbox(lines=row.lines, max_lines=max(row.lines, 8), **common)
 
 
+def _model(row: Knob, common: dict[str, Any]) -> gr.components.Component:
+    """What the bar offers, or a reference that is typed; an empty one is called "–"."""
+    offered = [(label or "–", ref) for label, ref in model_bar.choices(row.default)]
+    return gr.Dropdown(offered, allow_custom_value=True, **common)
+
+
 _WIDGETS: dict[Any, Callable[[Knob, dict[str, Any]], gr.components.Component]] = {
     int: _slider,
     float: _slider,
     bool: lambda row, common: gr.Checkbox(**common),
     Literal: lambda row, common: gr.Dropdown(list(row.choices), **common),
+    ModelRef: _model,
     tuple: lambda row, common: gr.Textbox(**common | {"value": ", ".join(map(str, row.default))}),
 }

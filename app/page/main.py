@@ -44,7 +44,7 @@ ASKING = (
         "logit_lens",
         ask.OPEN_PROMPT,
     ),
-    Asking("Drafting", "drafting", ("drafting",), "draft_model", COPY_PROMPT, origin.NAME),
+    Asking("Drafting", "drafting", ("drafting",), "token_recycling", COPY_PROMPT, origin.NAME),
     Asking("Search", "search", ("search",), "rain", ask.ADVICE_PROMPT),
 )
 """The tabs that ask, in their order."""
@@ -61,7 +61,7 @@ def build(ctx: PageContext) -> gr.Blocks:
         with gr.Tabs(overflow_behavior="wrap") as tabs:  # the style sheet makes it scroll instead
             for asking in ASKING:
                 with gr.Tab(asking.title, id=asking.name):
-                    ask.build(ctx, bar.can_chat, asking)
+                    ask.build(ctx, bar.can_chat, bar.model, asking)
             with gr.Tab("Race", id="race"):
                 race = RaceTab(ctx, bar.can_chat)
             with gr.Tab("Compare", id="compare"):

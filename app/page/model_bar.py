@@ -49,12 +49,14 @@ document.addEventListener('pointerdown', (event) => { if (!bar.contains(event.ta
 
 
 class ModelBar:
-    """The widgets of the bar, and what they do. `can_chat`: whether the model of this visitor has
-    a chat template; tabs listen to its changes."""
+    """The widgets of the bar, and what they do. Tabs listen to changes of `can_chat`, whether the
+    model of this visitor has a chat template, and of `model`, which one that is and whether its
+    cost is known."""
 
     def __init__(self, ctx: PageContext) -> None:
         self.ctx = ctx
         self.can_chat = gr.State(True)
+        self.model = gr.State("")
         self.clock = gr.Timer(COST_SECONDS, active=False)
         with gr.Column(elem_id="model-bar"):
             self.top = words(_bar(None, ctx.model.ref), elem_id="top")
@@ -73,7 +75,7 @@ class ModelBar:
         first = self.ctx.model
         with gr.Row(elem_classes="candor-model-row"):
             self.ref = gr.Dropdown(
-                _choices(first.ref),
+                choices(first.ref),
                 value=first.ref,
                 label="Model",
                 info="Or type a folder, a .gguf file, or owner/name on the hub",
@@ -127,7 +129,7 @@ class ModelBar:
             self.said = words("", elem_id="model-said")
 
     def _listen(self) -> None:
-        shown: list[Any] = [self.top, self.list, self.can_chat, self.clock]
+        shown: list[Any] = [self.top, self.list, self.can_chat, self.model, self.clock]
         for field in self.fields:
             field.change(self.foresee, self.fields, [self.said], **QUIET)
         self.go.click(
@@ -143,7 +145,7 @@ class ModelBar:
 
     def greet(self, page: gr.Blocks) -> None:
         """Fill the bar when the page opens; call it at the end of the page's layout."""
-        outputs = [self.top, self.list, self.can_chat, self.clock, self.ref]
+        outputs = [self.top, self.list, self.can_chat, self.model, self.clock, self.ref]
         page.load(self.welcome, None, outputs, **QUIET)
         page.load(self.foresee, self.fields, [self.said], **QUIET)
 
@@ -162,6 +164,7 @@ class ModelBar:
             self.top: _bar(facts, choice.ref),
             self.list: models.residents(rows, _key(facts["choice"]) if facts else ""),
             self.can_chat: facts is None or facts["can_chat"],
+            self.model: f"{_key(facts['choice'] if facts else choice)} {_stage(facts)}",
             self.clock: gr.Timer(active=not (facts and facts["cost"])),
         }
 
@@ -218,7 +221,7 @@ class ModelBar:
         yield self.look(request) | ({self.said: said} if said else {})
 
     def _offered(self) -> Outputs:
-        return {self.ref: gr.Dropdown(_choices(self.ctx.model.ref))}
+        return {self.ref: gr.Dropdown(choices(self.ctx.model.ref))}
 
     def _buttons(self, going: bool) -> Outputs:
         return {
@@ -247,10 +250,16 @@ def _bar(facts: Mapping[str, Any] | None, ref: str) -> str:
     return header.render(_titled(facts), quality=_quality(facts))
 
 
-def _choices(first: str) -> list[tuple[str, str]]:
+def choices(first: str) -> list[tuple[str, str]]:
     """What the picker offers, with what is ready and what comes from afar; `first` always is."""
     found = {each.ref: f"{each.title} · {_state(each)}" for each in sources.listed()}
     return [(label, ref) for ref, label in ({first: first} | found).items()]
+
+
+def _stage(facts: Mapping[str, Any] | None) -> str:
+    if facts is None:
+        return "not loaded"
+    return "measured" if facts["cost"] else "loaded"
 
 
 def _state(each: sources.Listed) -> str:

@@ -12,12 +12,13 @@ import gradio as gr
 
 from analyzers import registry
 from analyzers.card import Family
-from analyzers.errors import BadInput
+from analyzers.errors import BadInput, StoreError
 from analyzers.task import Task, chat
 from analyzers.trace import RunStarted, Turn, text_of
+from app.estimate import estimate
 from app.page import methods
 from app.page.context import PageContext
-from app.page.forms import build_form
+from app.page.forms import Form, build_form
 from app.page.run_view import Outputs, build_view
 from app.page.widgets import ENGINE, QUIET, RESULT, chosen, enabled, segments, view, words
 from app.runner import Job, Run
@@ -50,18 +51,20 @@ class Asking:
     tint: str = PROBABILITY.name
 
 
-def build(ctx: PageContext, can_chat: gr.State, asking: Asking) -> None:
-    """can_chat: whether the model of the visitor has a chat template."""
+def build(ctx: PageContext, can_chat: gr.State, model: gr.State, asking: Asking) -> None:
+    """can_chat, model: see `ModelBar`."""
     with gr.Row(elem_classes="candor-page"):
-        AskTab(ctx, can_chat, asking)
+        AskTab(ctx, can_chat, model, asking)
 
 
 class AskTab:
     """The widgets of the tab, and what they do. `earlier` holds a visitor's earlier turns."""
 
-    def __init__(self, ctx: PageContext, can_chat: gr.State, asking: Asking) -> None:
+    def __init__(
+        self, ctx: PageContext, can_chat: gr.State, model: gr.State, asking: Asking
+    ) -> None:
         self.ctx = ctx
-        self.can_chat = can_chat
+        self.can_chat, self.model = can_chat, model
         self.asking = asking
         self.name, self.first = asking.name, asking.method
         self.methods = {
@@ -151,6 +154,7 @@ class AskTab:
                 min_width=80,
             )
             self.halt = gr.Button("Stop", interactive=False, elem_id=self._id("stop"), min_width=80)
+        self.foreseen = words("", elem_id=self._id("foreseen"))
 
     def _draw_method(self) -> None:
         self.method = gr.Dropdown(
@@ -185,7 +189,7 @@ class AskTab:
         fields |= {self.seed, self.earlier, shown.run_id, shown.signal, *self.inputs.values()}
         fields |= {widget for form in self.forms for widget in form.widgets.values()}
         outputs = [*shown.outputs, self.go, self.halt, self.more]
-        self.go.click(self.start, fields, outputs, api_name=self.name, **ENGINE)
+        started = self.go.click(self.start, fields, outputs, api_name=self.name, **ENGINE)
         shown.panel.select(
             self.fork, [shown.run_id, shown.signal], outputs, api_visibility="private", **ENGINE
         )
@@ -212,12 +216,31 @@ class AskTab:
         self.mode.change(self.pick_mode, [self.mode], [self.system_box, self.talk], **QUIET)
         shown.run_id.change(enabled, [shown.run_id], [self.again], **QUIET)
         self.again.click(self.last_seed, [shown.run_id], [self.seed], **QUIET)
+        self._listen_to_knobs(started)
+
+    def _listen_to_knobs(self, started: Any) -> None:
+        """Tell anew what a search will take when a knob, the method or the model is another one,
+        and when a run has shown how long it takes."""
+        searches = [form for form in self.forms if form.method.expect]
+        if not searches:
+            return
+        widgets: list[Any] = [widget for form in searches for widget in form.widgets.values()]
+        listener: dict[str, Any] = {
+            "fn": self.foresee,
+            "inputs": {self.method, *widgets},
+            "outputs": [self.foreseen],
+            "preprocess": False,  # a number that is still being typed may be out of its range
+            **QUIET,
+        }
+        changes = [each.change for each in (*widgets, self.method, self.model)]
+        gr.on(changes, trigger_mode="always_last", **listener)
+        started.then(**listener)
 
     # What happens
 
     def start(self, given: Mapping[Any, Any], request: gr.Request) -> Iterator[Outputs]:
         def ask() -> Run:
-            form = next(form for form in self.forms if form.method.name == given[self.method])
+            form = self._form(given)
             return self.ctx.runner.submit(
                 Job(
                     form.method.name,
@@ -286,9 +309,23 @@ class AskTab:
         is_chat = kind == "chat"
         return [gr.Accordion(visible=is_chat), gr.HTML(visible=is_chat)]
 
+    def foresee(self, given: Mapping[Any, Any], request: gr.Request) -> str:
+        form = self._form(given)
+        if form.method.expect is None:
+            return ""
+        model = self.ctx.model_of(request.session_hash)
+        try:
+            told = estimate(form.method, form.values(given), model, self.ctx.paces)
+        except StoreError:  # the run says it
+            return ""
+        return f'<p class="candor-hint">{told}</p>' if told else ""
+
     def last_seed(self, run_id: str) -> str:
         events = self.ctx.runner.events(run_id) if run_id else []
         return next((str(s.event.seed) for s in events if isinstance(s.event, RunStarted)), "")
+
+    def _form(self, given: Mapping[Any, Any]) -> Form:
+        return next(form for form in self.forms if form.method.name == given[self.method])
 
     def _task(self, given: Mapping[Any, Any]) -> Task:
         prompt: str | tuple[Turn, ...] = given[self.prompt]
