@@ -1,10 +1,12 @@
 """What searches share: the tree, the budget, prefixes that are computed once, and rollouts."""
 
 import random
+from dataclasses import fields
 
 import pytest
 import torch
 
+from analyzers import registry
 from analyzers.common.budget import Budget, BudgetSpent
 from analyzers.common.judges import Court, Verdict
 from analyzers.common.prefixes import Prefixes, shared
@@ -12,9 +14,11 @@ from analyzers.common.rollouts import rollouts
 from analyzers.common.search_tree import SearchTree
 from analyzers.common.written import forced
 from analyzers.context import Context
+from analyzers.decoding import sampling
 from analyzers.engine import Filters
+from analyzers.params import build
 from analyzers.task import Task
-from analyzers.trace import Judgement, text_of
+from analyzers.trace import Candidate, Judgement, Metric, text_of
 
 PLAIN = Filters(temperature=1.0)
 
@@ -180,3 +184,29 @@ def test_forced_text_is_in_the_answer_with_the_models_own_signals(tiny_engine):
     fresh = tiny_engine.prefill(tiny_engine.encode(Task("abc")))
     scored = tiny_engine.score(fresh, [ids])[0]
     assert [token.logprob for token in tokens] == pytest.approx(scored.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["rain", "deal", "best_of_n", "iterative_deepening", "stick", "spar"]
+)
+def test_every_search_tells_the_plain_answer_once_and_what_it_spends(name, own_engine):
+    own_engine.context = 4096  # room for what judges are asked
+    method = registry.method(name)
+    small = {
+        "max_new": 6,
+        "iterations": 2,
+        "n": 2,
+        "chains": 2,
+        "first": 3,
+        "criterion": "keywords",
+    }
+    small |= {"reward": "keywords", "wish": "fox", "checks": "keywords: fox", "budget": 400}
+    small |= {"checklist": "keywords: fox", "edge": "nothing"}
+    known = {field.name for field in fields(method.params)}
+    params = build(method.params, {key: small[key] for key in small.keys() & known})
+    events = list(method.run(own_engine, Task("The dog"), params, Context(3)))
+    (told,) = [e for e in events if isinstance(e, Candidate) and e.group == "plain"]
+    knobs = sampling.Params(temperature=0, max_new=6)
+    assert told.text == text_of(list(sampling.run(own_engine, Task("The dog"), knobs, Context(3))))
+    spent = [e.value for e in events if isinstance(e, Metric) and e.name == "spent tokens"]
+    assert len(spent) > 1 and spent == sorted(spent) and spent[-1] > 0

@@ -85,7 +85,7 @@ def notes(events) -> str:
 
 
 def metric(events, name: str) -> float:
-    (found,) = [e.value for e in events if isinstance(e, Metric) and e.name == name]
+    *_, found = [e.value for e in events if isinstance(e, Metric) and e.name == name]
     return found
 
 
@@ -205,7 +205,7 @@ def test_equal_refinements_are_one_node_and_judged_once(own_engine, dictated, ju
     judged(lambda text: 0.0)
     events, _ = go(own_engine, answers=1, branch=3, select=1, depth=2)
     assert len(nodes(events)) == 4
-    assert sum(isinstance(event, Judgement) for event in events) == 3
+    assert sum(isinstance(event, Judgement) for event in events) == 4  # and the plain answer
     assert nodes(events)[2].detail["tokens"] == 3 * len("same")
 
 

@@ -25,6 +25,7 @@ from analyzers.card import Card
 from analyzers.common.answers import final_answer, vote
 from analyzers.common.budget import Budget, BudgetSpent, Forwards
 from analyzers.common.judges import Court
+from analyzers.common.plain import plain
 from analyzers.common.rollouts import rollouts
 from analyzers.common.search_tree import Node, SearchTree
 from analyzers.common.self_judges import asked, judge_of
@@ -146,10 +147,7 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     """
     deepening = Deepening(engine, task, params, ctx)
     yield from task.written
-    passes = Forwards(engine)
-    why = yield from passes.of(deepening.made(task))
-    yield from deepening.budget.metrics(deepening.level, passes.count)
-    return why
+    return (yield from deepening.forwards.of(deepening.made(task)))
 
 
 class Deepening:
@@ -165,6 +163,7 @@ class Deepening:
             )
         self.trigger = self._trigger()
         self.budget = Budget(tokens=params.tokens)
+        self.forwards = Forwards(engine)
         self.tree = SearchTree(engine, self.budget)
         self.tree.root.status = "committed"
         self.tree.root.detail["kind"] = "root"
@@ -195,7 +194,7 @@ class Deepening:
         return ids
 
     def made(self, task: Task) -> Generator[Event, None, str]:
-        """Write the chains, keep one, write it into the answer."""
+        """Write the plain answer and the chains, keep one of these, write it into the answer."""
         engine, params = self.engine, self.params
         main = self.ctx.begin(engine, engine.encode(task))
         room = engine.context - main.pos
@@ -203,6 +202,7 @@ class Deepening:
             return "context full"
         self.start = main.pos
         self.edges = budgets(params.first, params.growth, min(params.max_new, room))
+        yield from plain(engine, main, task, self.ctx, min(params.max_new, room))
         yield from self.tree.news()
         if room < params.max_new:
             yield Note("warning", f"The model's window ends the last budget at {room:,} tokens.")
@@ -225,6 +225,7 @@ class Deepening:
         best, chosen = yield from self.select()
         yield from self.write(main, best)
         yield from self.tell()
+        yield from self.spent()
         return why or chosen
 
     # Writing
@@ -414,6 +415,7 @@ class Deepening:
             )
             node.status = "pruned"
         yield from self.share(chains)
+        yield from self.spent()
 
     def behind(self, chain: Chain) -> int:
         """Where the text of a chain ends, without an end token."""
@@ -439,6 +441,10 @@ class Deepening:
         yield Metric("votes for the leader", self.level, round(vote(now).share, DIGITS), "share")
         if self.params.mode == "continue" and (change := self.entropy_change(chains)) is not None:
             yield Metric("entropy behind the edge, less before", self.level, change, "nats")
+
+    def spent(self) -> Generator[Metric, None, None]:
+        """By level, the plain answer's passes included."""
+        yield from self.budget.metrics(self.level, self.forwards.count)
 
     def entropy_change(self, chains: Sequence[Chain]) -> float | None:
         """Mean over the chains, of the tokens next to the edge before their last segment."""

@@ -28,11 +28,12 @@ from analyzers.common.budget import Budget, BudgetSpent, Forwards
 from analyzers.common.checklist import Checklist, read_checklist
 from analyzers.common.critiques import TEMPERATURE, Checks, Critics, YesShare, judge_prompt
 from analyzers.common.judges import Court, Judge
+from analyzers.common.plain import plain
 from analyzers.common.prefixes import Prefixes
 from analyzers.common.search_tree import Node, SearchTree
 from analyzers.common.written import forced
 from analyzers.context import Context
-from analyzers.engine import Engine
+from analyzers.engine import Cursor, Engine
 from analyzers.engine.signals import DIGITS
 from analyzers.errors import BadParameter, OutOfContext
 from analyzers.params import knob
@@ -124,11 +125,8 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     Raises: BadInput for a begun answer, BadParameter for checks that cannot be read or a budget
     that is too small for the first answers; OutOfContext.
     """
-    counted = Forwards(engine)
     spar = Spar(engine, task, params, ctx)
-    why = yield from counted.of(spar.events())
-    yield from spar.budget.metrics(len(spar.answers), counted.count)
-    return why
+    return (yield from spar.forwards.of(spar.events()))
 
 
 class Spar:
@@ -137,6 +135,7 @@ class Spar:
     def __init__(self, engine: Engine, task: Task, params: Params, ctx: Context) -> None:
         self.engine, self.task, self.params, self.ctx = engine, task, params, ctx
         self.budget = Budget(tokens=params.tokens)
+        self.forwards = Forwards(engine)
         self.instruction = instruction(task)
         self.checks = _checks(params)
         least = params.answers * params.max_new
@@ -170,6 +169,8 @@ class Spar:
     def events(self) -> Generator[Event, None, str]:
         if self.params.judge == "checks":
             yield Note("info", "Checker-guided: a program judges, this is no self-play.")
+        main = self.ctx.begin(self.engine, self.engine.encode(self.task))
+        yield from plain(self.engine, main, self.task, self.ctx, self.params.max_new, self.court)
         try:
             why = yield from self.grow()
         except BudgetSpent as spent:
@@ -182,7 +183,8 @@ class Spar:
             yield Note("warning", f"The search was cut short: {why}.")
         final = self.best()
         yield from self.told(final)
-        yield from self.written(final)
+        yield from self.written(main, final)
+        yield from self.spent()
         return why
 
     # Growing
@@ -348,6 +350,11 @@ class Spar:
             else:
                 answer.node.visit(verdict.score)
             yield from self.tree.news()
+            yield from self.spent()
+
+    def spent(self) -> Generator[Metric, None, None]:
+        """By answer, the plain one's passes included."""
+        yield from self.budget.metrics(len(self.answers), self.forwards.count)
 
     # The result
 
@@ -400,7 +407,7 @@ class Spar:
             f"{right} of {len(met)}.",
         )
 
-    def written(self, final: Answer) -> Generator[Event, None, None]:
+    def written(self, cursor: Cursor, final: Answer) -> Generator[Event, None, None]:
         """Commit the answer."""
         for answer in self.answers:
             if answer.node.status == "open":
@@ -409,7 +416,6 @@ class Spar:
         final.node.status = "committed"
         final.node.detail["reason"] = "accepted" if final.accepted else "best there was"
         yield from self.tree.news()
-        cursor = self.ctx.begin(self.engine, self.engine.encode(self.task))
         origin: Origin = "forced" if final.parent else "sampled"
         room = self.engine.context - cursor.pos
         yield from forced(self.engine, cursor, final.node.ids[:room], origin)

@@ -36,12 +36,13 @@ from analyzers.common.checklist import (
     sheet_lines,
 )
 from analyzers.common.judges import Court
+from analyzers.common.plain import plain
 from analyzers.common.prefixes import Prefixes
 from analyzers.common.rollouts import Rollout
 from analyzers.common.search_tree import Node, SearchTree
 from analyzers.common.written import forced
 from analyzers.context import Context
-from analyzers.engine import Engine
+from analyzers.engine import Cursor, Engine
 from analyzers.engine.signals import DIGITS
 from analyzers.errors import BadParameter, OutOfContext
 from analyzers.params import knob
@@ -122,11 +123,8 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     Raises: BadInput for a begun answer, BadParameter for a line of the checklist that cannot be
     read or a budget that is too small for one answer; OutOfContext.
     """
-    counted = Forwards(engine)
     stick = Stick(engine, task, params, ctx)
-    why = yield from counted.of(stick.events())
-    yield from stick.budget.metrics(len(stick.versions), counted.count)
-    return why
+    return (yield from stick.forwards.of(stick.events()))
 
 
 class Stick:
@@ -135,6 +133,7 @@ class Stick:
     def __init__(self, engine: Engine, task: Task, params: Params, ctx: Context) -> None:
         self.engine, self.task, self.params, self.ctx = engine, task, params, ctx
         self.budget = Budget(tokens=params.tokens)
+        self.forwards = Forwards(engine)
         self.instruction = instruction(task)
         self.given = read_checklist(params.checklist) if params.checklist.strip() else None
         many = params.samples if params.mode == "best of n" else 1
@@ -160,7 +159,11 @@ class Stick:
             reasons=self.params.reasons,
         )
         self.court = Court(self.examiner, self.budget)
+        main = self.ctx.begin(self.engine, self.engine.encode(self.task))
         try:
+            yield from plain(
+                self.engine, main, self.task, self.ctx, self.params.max_new, self.court
+            )
             why = yield from self.refine() if self.params.mode == "refine" else self.pick()
         except BudgetSpent as spent:
             why = str(spent)
@@ -169,7 +172,8 @@ class Stick:
             yield from self.control()
         except BudgetSpent:
             yield Note("warning", "Nothing is left for holding an unrelated answer to the list.")
-        yield from self.end()
+        yield from self.end(main)
+        yield from self.spent()
         return why
 
     def checklist(self) -> Generator[Event, None, Checklist]:
@@ -257,6 +261,11 @@ class Stick:
         if sheet.soft is not None:
             yield Metric("soft pass rate", step, round(sheet.soft, DIGITS), "probability")
         yield from self.tree.news()
+        yield from self.spent()
+
+    def spent(self) -> Generator[Metric, None, None]:
+        """By version, the plain answer's passes included."""
+        yield from self.budget.metrics(len(self.versions), self.forwards.count)
 
     def added(self, parent: Node, rollout: Rollout) -> Node:
         """The node of an answer."""
@@ -294,7 +303,7 @@ class Stick:
                 f"{rate:.0%}: these answers carry no signal.",
             )
 
-    def end(self) -> Generator[Event, None, None]:
+    def end(self, cursor: Cursor) -> Generator[Event, None, None]:
         """Say what is known of the judge, and write the best version."""
         best = max(self.versions, key=lambda version: version.worth)
         equal = [each for each in self.versions if each.worth[0] == best.worth[0]]
@@ -317,7 +326,6 @@ class Stick:
             f"most YES, of {len(equal)} equals" if len(equal) > 1 else "most YES"
         )
         yield from self.tree.news()
-        cursor = self.ctx.begin(self.engine, self.engine.encode(self.task))
         origin: Origin = "sampled" if best.node.parent is self.tree.root else "forced"
         room = self.engine.context - cursor.pos
         yield from forced(self.engine, cursor, best.node.ids[:room], origin)

@@ -44,7 +44,7 @@ ASKING = (
         "logit_lens",
         ask.OPEN_PROMPT,
     ),
-    Asking("Drafting", "drafting", ("drafting",), "token_recycling", COPY_PROMPT, origin.NAME),
+    Asking("Drafting", "drafting", ("drafting",), "prompt_lookup", COPY_PROMPT, origin.NAME),
     Asking("Search", "search", ("search",), "rain", ask.ADVICE_PROMPT),
 )
 """The tabs that ask, in their order."""
