@@ -50,7 +50,12 @@ class Knob:
 
     @property
     def range(self) -> str:
-        return f"{self.lo:g} to {self.hi:g}" + (f" {self.unit}" if self.unit else "")
+        return f"{_shown(self.lo)} to {_shown(self.hi)}" + (f" {self.unit}" if self.unit else "")
+
+
+def _shown(bound: float | None) -> str:
+    """Whole numbers with all their digits."""
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 def knob(

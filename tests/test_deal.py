@@ -543,3 +543,16 @@ def test_the_judge_reads_the_begun_answer_and_the_look_ahead(own_engine, monkeyp
     greedy = beam_search(own_engine, own_engine.encode(Task(PROMPT + " Oh")), 1, 1, 5)[1]
     texts = [" Oh" + own_engine.vocabulary.decode(greedy[:end]) for end in (4, 5)]
     assert read == list(dict.fromkeys(texts))  # the plain answer, judged first, is one of them
+
+
+def test_the_paper_s_mode_reads_its_branches_in_one_pass(own_engine, plant):
+    """Proposals of one step are looked behind side by side, though their texts differ: at most one
+    pass a hypothesis reads what was kept, one proposes, one looks ahead, and one writes."""
+    _, few = spent(own_engine, beams=2)
+    _, many = spent(own_engine, beams=8)
+    assert few == many <= 6 * (2 + 3)
+
+
+def spent(engine, **changes):
+    events, why = searched(engine, mode="token", lookahead=1, keep=2, weight=5.0, **changes)
+    return why, [e.value for e in events if getattr(e, "name", "") == "spent forwards"][-1]

@@ -12,7 +12,7 @@ from analyzers.params import knob
 from analyzers.registry import Method
 from analyzers.task import Task
 from analyzers.trace import Metric, RunEnded, RunStarted
-from app.estimate import UNKNOWN, Paces, estimate, known_of
+from app.estimate import UNKNOWN, Pace, Paces, estimate, known_of
 from app.runner import Job, ModelChoice
 from sessions.export import export_jsonl, import_jsonl
 from sessions.store import Stamped
@@ -43,15 +43,16 @@ def store(runner):
     return runner.store
 
 
-def record(store, seconds: float, *, method="made", ends=True, **model) -> str:
+def record(store, seconds: float, *, method="made", ends=True, expected=0.0, **model) -> str:
     """A run whose 40 passes took so long, and whatever came after them ten times as much."""
     started = RunStarted(method, MODEL | model, "Hi", None, {}, 1)
     id = store.begin(started)
     spent = Metric("spent forwards", 2, 40.0, "forwards")
-    store.append(id, [Stamped(0, 0.0, started), Stamped(1, seconds, spent)])
+    most = Metric("expected forwards", 0, expected or 40.0, "forwards")
+    store.append(id, [Stamped(0, 0.0, started), Stamped(1, 0.0, most), Stamped(2, seconds, spent)])
     if ends:
         ended = RunEnded("done", "", 0, 40, 11 * seconds)
-        store.append(id, [Stamped(2, 11 * seconds, ended)])
+        store.append(id, [Stamped(3, 11 * seconds, ended)])
         store.finish(id, ended)
     return id
 
@@ -67,6 +68,13 @@ def test_a_budget_is_told_and_the_time_when_it_is_known(store):
     assert told(store) == BUDGET + "about 15 s on this model"
     record(store, 120.0)
     assert told(store) == BUDGET + "about 5 min on this model", "the last run counts"
+
+
+def test_the_last_run_tells_how_much_of_the_most_is_likely(store):
+    record(store, 6.0, expected=400.0)
+    assert told(store) == BUDGET + "about 2 s if it goes as the last run, at most 15 s"
+    record(store, 6.0, expected=20.0)
+    assert told(store) == BUDGET + "about 15 s on this model", "no run takes more than its most"
 
 
 def test_only_runs_of_the_same_kind_that_have_ended_here_tell_the_time(store, tmp_path):
@@ -102,9 +110,9 @@ def test_before_the_first_run_the_table_of_costs_tells_the_least_time(store):
 def test_a_run_is_read_once(store, monkeypatch):
     record(store, 6.0)
     paces = Paces(store)
-    assert paces.last("made", MODEL) == pytest.approx(0.15)
+    assert paces.last("made", MODEL) == Pace(6.0 / 40)
     monkeypatch.setattr(store, "events", None)
-    assert paces.last("made", MODEL) == pytest.approx(0.15)
+    assert paces.last("made", MODEL) == Pace(6.0 / 40)
 
 
 def test_wrong_knobs_and_methods_that_cannot_tell_leave_it_out(store):

@@ -210,3 +210,6 @@ def test_every_search_tells_the_plain_answer_once_and_what_it_spends(name, own_e
     assert told.text == text_of(list(sampling.run(own_engine, Task("The dog"), knobs, Context(3))))
     spent = [e.value for e in events if isinstance(e, Metric) and e.name == "spent tokens"]
     assert len(spent) > 1 and spent == sorted(spent) and spent[-1] > 0
+    last = {event.name: event.value for event in events if isinstance(event, Metric)}
+    for what in ("tokens", "evaluations", "forwards"):
+        assert last[f"spent {what}"] <= last[f"expected {what}"]

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import pytest
 
 from analyzers.common import judge_check, self_judges
-from analyzers.common.judge_check import ITEMS, JudgeCheck, check, check_of, note
+from analyzers.common.judge_check import FOLLOWS, ITEMS, JudgeCheck, check, note, told
 from analyzers.common.judges import Verdict
 from analyzers.common.rewards import Planted, keywords
 from analyzers.common.self_judges import (
@@ -227,35 +228,41 @@ def test_knobs_make_the_judge(tiny_engine):
 # The check of judges
 
 
-def test_a_judge_that_knows_passes_and_one_that_likes_a_letter_does_not():
-    for items in ITEMS.values():
-        goods = {text for good, _ in items.values() for text in good}
-        every = [text for both in items.values() for many in both for text in many]
-        assert len(every) == len(set(every)) == 20 and len(goods) == 10
+@pytest.mark.parametrize("items", [*ITEMS.values(), FOLLOWS])
+def test_a_judge_that_knows_passes_and_one_that_likes_a_letter_does_not(items):
+    goods = {text for good, _ in items.values() for text in good}
+    every = [text for both in items.values() for many in both for text in many]
+    assert len(every) == len(set(every)) == 20 and len(goods) == 10
+    knowing = Says(
+        lambda text: Verdict(text in goods, detail=letters(text in goods, False)), (0, 1)
+    )
+    found = check(lambda prompt: knowing, items)
+    assert (found.n, found.right, found.undecided) == (20, 20, 0)
+    assert (found.answers, found.says_first, found.label) == (40, 20, "A")
+    assert found.letter_bias == pytest.approx(0)
+    assert not found.at_chance and note(found).level == "info"
 
-        def knowing(prompt, goods=goods):
-            return lambda texts: [
-                Verdict(1.0 if text in goods else -1.0, detail=letters(text in goods, False))
-                for text in texts
-            ]
+    always = Says(lambda text: Verdict(0.0, detail=letters(True, True)), (-1, 1))
+    habit = check(lambda prompt: always, items)
+    assert (habit.right, habit.undecided, habit.says_first) == (0, 20, 40)
+    assert habit.letter_bias == pytest.approx(0.4)
+    assert note(habit) == Note(
+        "warning",
+        "The judge is at chance: 0 of 20 texts of known worth right and 20 undecided; "
+        "it says A 40 of 40 times. Its values are no evidence.",
+    )
 
-        found = check(knowing, items)
-        assert (found.n, found.right, found.undecided) == (20, 20, 0)
-        assert (found.answers, found.says_first, found.label) == (40, 20, "A")
-        assert found.letter_bias == pytest.approx(0)
-        assert not found.at_chance and note(found).level == "info"
 
-        habit = check(
-            lambda prompt: lambda texts: [Verdict(0.0, detail=letters(True, True))] * len(texts),
-            items,
-        )
-        assert (habit.right, habit.undecided, habit.says_first) == (0, 20, 40)
-        assert habit.letter_bias == pytest.approx(0.4)
-        assert note(habit) == Note(
-            "warning",
-            "The judge is at chance: 0 of 20 texts of known worth right and 20 undecided; "
-            "it says A 40 of 40 times. Its values are no evidence.",
-        )
+class Says:
+    """A judge that says what a function says."""
+
+    name = "planted"
+
+    def __init__(self, say, ends):
+        self.say, self.scale = say, (*ends, "better", False)
+
+    def __call__(self, texts):
+        return [self.say(text) for text in texts]
 
 
 def letters(first: bool, swapped: bool) -> dict[str, dict[str, float]]:
@@ -278,9 +285,9 @@ def test_chance_is_the_tail_of_the_binomial(right, chance):
 def test_the_check_of_a_program_and_of_a_model(tiny_engine):
     planted = check(lambda prompt: Planted(keywords("a")), ITEMS["truthful"])
     assert planted.answers == 0 and "says" not in note(planted).text
-    assert check_of("keywords", tiny_engine) is None and check_of("own", tiny_engine) is None
-    found = check_of("truthful", tiny_engine)
-    assert found == check_of("truthful", tiny_engine)
+    assert not list(told("keywords", tiny_engine)) and not list(told("own", tiny_engine))
+    found = check(partial(judge_of, "truthful", tiny_engine), ITEMS["truthful"])
+    assert next(told("truthful", tiny_engine)) == note(found)
     assert (found.n, found.answers, found.label) == (20, 20, "Yes")
     names = {metric.name: metric.value for metric in judge_check.metrics(found)}
     assert names["judge right"] == found.right / 20

@@ -262,7 +262,7 @@ def test_another_judge_is_measured_by_the_checks(own_engine, dictated, monkeypat
     dictated("sun and sea", "sun", "sea", "sun sea", "x")
     monkeypatch.setattr(spar.Spar, "_judge", lambda self: Says(lambda text: 0.0))
     events, _ = go(own_engine, judge="probabilities", answers=3, branch=2, depth=1)
-    assert metric(events, "judge right") == pytest.approx(3 / 5)
+    assert metric(events, "judge agrees") == pytest.approx(3 / 5)
     assert "says No to all 5" in notes(events)
 
 
@@ -298,3 +298,22 @@ def test_what_cannot_be_done_is_said_before_anything_is(own_engine):
     with pytest.raises(BadInput, match="begun"):
         go(own_engine, task=Task(TASK.prompt, prefix="The"))
     assert own_engine.forwards == 0
+
+
+def test_a_judge_that_is_no_program_is_examined_behind_the_answer(own_engine):
+    own_engine.context = 4096
+    small = {"answers": 1, "branch": 1, "select": 1, "depth": 1, "max_new": 4}
+    events, _ = go(own_engine, judge="probabilities", **small)
+    told = [isinstance(e, Note) and "texts of known worth" in e.text for e in events]
+    assert told.count(True) == 1
+    assert not any(isinstance(event, Token) for event in events[told.index(True) :])
+    assert 0 <= metric(events, "judge right") <= 1
+    assert "known worth" not in notes(go(own_engine, judge="checks", **small)[0])
+
+
+def test_what_is_said_of_the_plain_answer_has_its_place_in_the_budget(own_engine):
+    own_engine.context = 4096
+    knobs = {"judge": "critiques", "critiques": 3, "critique_tokens": 7, "answers": 1, "max_new": 4}
+    with pytest.raises(BadParameter, match="at least 25"):
+        go(own_engine, tokens=24, **knobs)
+    assert text_of(go(own_engine, tokens=25, **knobs)[0])

@@ -87,6 +87,10 @@ def spellings(*words: str) -> list[str]:
     return [space + word for word in words for space in ("", " ")]
 
 
+NEXT_LABELS = 2
+"""Passes of `next_labels` for a short question: one reads what is new, one asks."""
+
+
 def next_labels(
     engine: Engine,
     prefixes: Prefixes,

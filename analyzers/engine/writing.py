@@ -162,7 +162,7 @@ class Writing(Base):
 
         Copies that much of the cache; equal to computing it again."""
         length = cursor.pos if to is None else to
-        return Cursor(cursor.ids[:length], cursor.past.copy(max(length - 1, 0)))
+        return Cursor(cursor.ids[:length], cursor.past.copy(length))
 
     def rewind(self, cursor: Cursor, to: int) -> None:
         """Undo every token at position >= `to`, as if it had never been written.

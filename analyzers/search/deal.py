@@ -92,8 +92,9 @@ def expect(params: Params) -> Expected:
     """For texts of `max_new` tokens, `keep` of them at each step with `beams` proposals each; in
     best-first order as many, one after the other.
 
-    Passes: a batch counts once a token; reading a text that goes on is one, so is writing a step of
-    the answer. A model judges each text in passes of its own.
+    Passes: a batch counts once a token, and so does a step of a beam search; reading a text that
+    goes on is one, so is writing a token of the answer. A model judges each text in passes of its
+    own. Best-first may go back to shorter texts, and then write more than this.
     """
     segment, side_by_side = params.mode == "segment", params.select == "beam"
     length = min(max(params.lookahead, 1), params.max_new) if segment else 1
@@ -103,9 +104,10 @@ def expect(params: Params) -> Expected:
     tokens = min(texts * written, params.tokens or math.inf)
     evaluations = min(texts + 1, params.evaluations or math.inf)
     turns = steps if side_by_side else steps * params.keep
-    batched = params.reuse and (not segment or params.temperature > 0)
-    passes: float = turns * written if batched else texts * (written + 1)
-    passes += steps * (params.keep + 2) + evaluations * passes_a_text(params.reward)
+    if segment and params.temperature == 0:
+        turns = steps * params.keep  # one beam search a hypothesis
+    passes: float = turns * written if params.reuse else texts * (written + 2)
+    passes += steps * params.keep + params.max_new + evaluations * passes_a_text(params.reward)
     return Expected(int(tokens), int(evaluations), int(passes))
 
 

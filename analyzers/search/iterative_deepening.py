@@ -23,8 +23,10 @@ from typing import Literal
 
 from analyzers.card import Card
 from analyzers.common.answers import final_answer, vote
-from analyzers.common.budget import Budget, BudgetSpent, Forwards
+from analyzers.common.budget import Budget, BudgetSpent, Expected, Forwards
+from analyzers.common.judge_check import told
 from analyzers.common.judges import Court
+from analyzers.common.judging_passes import passes_a_text
 from analyzers.common.plain import plain
 from analyzers.common.rollouts import rollouts
 from analyzers.common.search_tree import Node, SearchTree
@@ -44,8 +46,7 @@ CARD = Card(
     source="Chen, Koenig and Dilkina 2025, arXiv:2502.05449",
     emits=(SearchNode, Candidate, Judgement, Token, Metric, Note),
     needs=("logits",),
-    example="A box holds 17 pens. I add 25 and take 8 away. How many are there? Think step by "
-    'step and end with "The answer is".',
+    example="Tom has 3 apples and buys 4 more. Then he eats 2. How many are left?",
 )
 FILLER = "\n\nAnd so it goes on here, one line after the other, as before."
 PROBE_TOKENS = 12
@@ -130,6 +131,25 @@ def budgets(first: int, growth: float, most: int) -> list[int]:
     return [*found, most]
 
 
+def expect(params: Params) -> Expected:
+    """For chains that no end token ends. A chain that ended early and was told to check may have a
+    longer way to the next budget than the others, so that fewer of its tokens share a pass; passes
+    that write are counted as if one chain had the longest way at every level. Probes are written
+    side by side, but each is read alone, as is each trigger."""
+    edges = budgets(params.first, params.growth, params.max_new)
+    levels, probed = len(edges), bool(params.probe.strip())
+    restart = params.mode == "restart"
+    text = sum(edges) if restart else params.max_new
+    tokens = params.chains * (text + levels * PROBE_TOKENS * probed)
+    passes = min(sum(edges), params.chains * text)
+    passes += levels * (PROBE_TOKENS + params.chains) * probed
+    passes += 0 if restart else levels * params.chains
+    judged = params.chains if params.select == "truthful" else 0
+    passes += judged * passes_a_text("truthful") + params.max_new
+    most = params.tokens or tokens
+    return Expected(min(tokens, most), judged, passes)
+
+
 def repeats(now: Sequence[int], before: Sequence[int]) -> bool:
     """Whether a segment says again what the one before it said."""
     known, new = _grams(before), _grams(now)
@@ -147,7 +167,16 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     """
     deepening = Deepening(engine, task, params, ctx)
     yield from task.written
-    return (yield from deepening.forwards.of(deepening.made(task)))
+    yield from expect(params).metrics()
+    main = ctx.begin(engine, engine.encode(task))
+    room = engine.context - main.pos
+    if not room:
+        return "context full"
+    yield from plain(engine, main, task, ctx, min(params.max_new, room))
+    why = yield from deepening.forwards.of(deepening.made(main, room))
+    if params.select == "truthful":
+        yield from told("truthful", engine, soft=True)
+    return why
 
 
 class Deepening:
@@ -193,16 +222,12 @@ class Deepening:
             ids = (filler * len(ids))[: len(ids)]
         return ids
 
-    def made(self, task: Task) -> Generator[Event, None, str]:
-        """Write the plain answer and the chains, keep one of these, write it into the answer."""
-        engine, params = self.engine, self.params
-        main = self.ctx.begin(engine, engine.encode(task))
-        room = engine.context - main.pos
-        if not room:
-            return "context full"
+    def made(self, main: Cursor, room: int) -> Generator[Event, None, str]:
+        """Write the chains, keep one of them, write it into the answer behind `main`. room: tokens
+        that the window has left there."""
+        params = self.params
         self.start = main.pos
         self.edges = budgets(params.first, params.growth, min(params.max_new, room))
-        yield from plain(engine, main, task, self.ctx, min(params.max_new, room))
         yield from self.tree.news()
         if room < params.max_new:
             yield Note("warning", f"The model's window ends the last budget at {room:,} tokens.")
@@ -443,7 +468,6 @@ class Deepening:
             yield Metric("entropy behind the edge, less before", self.level, change, "nats")
 
     def spent(self) -> Generator[Metric, None, None]:
-        """By level, the plain answer's passes included."""
         yield from self.budget.metrics(self.level, self.forwards.count)
 
     def entropy_change(self, chains: Sequence[Chain]) -> float | None:

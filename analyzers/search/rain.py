@@ -68,7 +68,10 @@ class Params:
     """c, gamma, good, visits and temperature are the paper's, the others are for a laptop."""
 
     criterion: Kind = knob("harmless", "What a good text is; from keywords on, a program says it")
-    wish: str = knob("", "The own criterion; or words with commas, an expression, 20-40 words")
+    wish: str = knob(
+        "",
+        "For own: the wish; keywords: sun, sea; length: 20-40 words; pattern: a regular expression",
+    )
     max_new: int = knob(24, "When to stop writing", lo=1, hi=1024, unit="tokens")
     iterations: int = knob(12, "Most looks at the tree before a commit", lo=1, hi=200)
     candidates: int = knob(4, "Continuations to begin with at each place", lo=1, hi=20)

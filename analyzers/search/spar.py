@@ -20,13 +20,23 @@ import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import partial
 from typing import Literal
 
 from analyzers.card import Card
-from analyzers.common.asking import assistant, earlier, encoded, instruction, user, write
-from analyzers.common.budget import Budget, BudgetSpent, Forwards
+from analyzers.common.asking import (
+    NEXT_LABELS,
+    assistant,
+    earlier,
+    encoded,
+    instruction,
+    user,
+    write,
+)
+from analyzers.common.budget import Budget, BudgetSpent, Expected, Forwards
 from analyzers.common.checklist import Checklist, read_checklist
 from analyzers.common.critiques import TEMPERATURE, Checks, Critics, YesShare, judge_prompt
+from analyzers.common.judge_check import FOLLOWS, told_of
 from analyzers.common.judges import Court, Judge
 from analyzers.common.plain import plain
 from analyzers.common.prefixes import Prefixes
@@ -45,7 +55,7 @@ CARD = Card(
     family="search",
     source="Cheng et al. 2024, arXiv:2412.11605; github.com/thu-coai/SPaR",
     emits=(Token, SearchNode, Candidate, Judgement, Metric),
-    example="Describe a morning at the sea in 15 to 40 words. Mention the sun and a boat.",
+    example="Describe a morning at the sea in 15 to 40 words. Mention the sun, a boat and a dog.",
 )
 GATE = 0.5
 """An answer is accepted when its value is above (not at) this."""
@@ -72,7 +82,7 @@ class Params:
         "checks", "Who says Yes: a program, the model's probability of Yes, or sampled critiques"
     )
     checks: str = knob(
-        "length: 15-40 words\nkeywords: sun, boat",
+        "length: 15-40 words\nkeywords: sun, boat, dog",
         "One check a line: length:, keywords:, pattern: or json; another judge is measured by them",
         lines=3,
     )
@@ -114,19 +124,55 @@ class Answer:
         return self.value is not None and self.value < GATE
 
 
+def expect(params: Params) -> Expected:
+    """For answers as long as they may be, none accepted before the last depth, and reflections that
+    are read at the last attempt.
+
+    Passes: answers of one request are written side by side; reading a request is one, judging a
+    text as many as its judge takes, writing a token of the answer one.
+    """
+    nodes = refined = 1  # on a level; in all
+    for _ in range(params.depth - 1):
+        kept = min(params.select, params.branch * (1 if params.search == "depth first" else nodes))
+        nodes = nodes * kept if params.search == "depth first" else kept
+        refined += nodes
+    attempts = TRIES if params.reflect else 1
+    length = params.max_new + (REFLECTION if params.reflect else 0)
+    texts = 1 + params.answers + refined * params.branch
+    tokens = params.answers * params.max_new + texts * _critique(params)
+    tokens += refined * attempts * params.branch * length
+    asking = {"checks": 0, "probabilities": NEXT_LABELS, "critiques": 1 + params.critique_tokens}
+    passes = params.max_new + refined * (1 + attempts * length) + texts * asking[params.judge]
+    passes += params.max_new  # the answer
+    return Expected(min(tokens, params.tokens or tokens), texts, passes)
+
+
+def _critique(params: Params) -> int:
+    """Most tokens to judge one text."""
+    return params.critiques * params.critique_tokens if params.judge == "critiques" else 0
+
+
 def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[Event, None, str]:
     """Yield every answer as Candidate and node with its Judgement, the pair (chosen, rejected) as
     Candidates of the group "pair", and the best answer as Tokens; return why the search ended.
 
     Metrics: "best value" (0..1, higher is better) by depth; "similarity" of the pair (share of
-    equal words, 1 = same); "judge right" where checks measure another judge; what was spent. Tokens
-    that were written behind a request to refine are `forced`, with the log-probabilities that they
-    have behind the prompt itself.
+    equal words, 1 = same); "judge agrees" where checks measure another judge; what was spent.
+    Tokens that were written behind a request to refine are `forced`, with the log-probabilities
+    that they have behind the prompt itself.
     Raises: BadInput for a begun answer, BadParameter for checks that cannot be read or a budget
     that is too small for the first answers; OutOfContext.
     """
     spar = Spar(engine, task, params, ctx)
-    return (yield from spar.forwards.of(spar.events()))
+    yield from expect(params).metrics()
+    main = ctx.begin(engine, engine.encode(task))
+    yield from plain(engine, main, task, ctx, params.max_new, spar.court)
+    why = yield from spar.forwards.of(spar.events(main))
+    if params.judge == "critiques":
+        yield Note("info", "To examine the judge, it is asked for Yes or No without a critique.")
+    if params.judge != "checks":
+        yield from told_of(YesShare, engine, partial(YesShare, engine), FOLLOWS)
+    return why
 
 
 class Spar:
@@ -138,11 +184,11 @@ class Spar:
         self.forwards = Forwards(engine)
         self.instruction = instruction(task)
         self.checks = _checks(params)
-        least = params.answers * params.max_new
+        least = params.answers * params.max_new + _critique(params)
         if params.tokens and params.tokens < least:
             raise BadParameter(
                 f"tokens must be 0 or at least {least}, not {params.tokens}: "
-                "the first answers take so many."
+                "the first answers take so many, with what is said of the plain one."
             )
         self.court = Court(self._judge(), self.budget)
         self.tree = SearchTree(engine, self.budget)
@@ -166,11 +212,9 @@ class Spar:
             max_new=self.params.critique_tokens,
         )
 
-    def events(self) -> Generator[Event, None, str]:
+    def events(self, main: Cursor) -> Generator[Event, None, str]:
         if self.params.judge == "checks":
             yield Note("info", "Checker-guided: a program judges, this is no self-play.")
-        main = self.ctx.begin(self.engine, self.engine.encode(self.task))
-        yield from plain(self.engine, main, self.task, self.ctx, self.params.max_new, self.court)
         try:
             why = yield from self.grow()
         except BudgetSpent as spent:
@@ -353,7 +397,6 @@ class Spar:
             yield from self.spent()
 
     def spent(self) -> Generator[Metric, None, None]:
-        """By answer, the plain one's passes included."""
         yield from self.budget.metrics(len(self.answers), self.forwards.count)
 
     # The result
@@ -400,7 +443,7 @@ class Spar:
         verdicts = Checks(self.checks)([answer.text for answer in judged])
         met = [verdict.score == 1 for verdict in verdicts]
         right = sum(answer.accepted == m for answer, m in zip(judged, met, strict=True))
-        yield Metric("judge right", step, round(right / len(judged), DIGITS), "share")
+        yield Metric("judge agrees", step, round(right / len(judged), DIGITS), "share")
         yield Note(
             "info",
             f"By the checks {sum(met)} of {len(met)} answers are right; the judge is right about "

@@ -20,11 +20,20 @@ from statistics import fmean
 from typing import Literal
 
 from analyzers.card import Card
-from analyzers.common.asking import assistant, earlier, encoded, instruction, user, write
-from analyzers.common.budget import Budget, BudgetSpent, Forwards
+from analyzers.common.asking import (
+    NEXT_LABELS,
+    assistant,
+    earlier,
+    encoded,
+    instruction,
+    user,
+    write,
+)
+from analyzers.common.budget import Budget, BudgetSpent, Expected, Forwards
 from analyzers.common.checklist import (
     HOLISTIC,
     MADE_TOKENS,
+    MOST,
     Checklist,
     Examiner,
     Requirement,
@@ -35,6 +44,7 @@ from analyzers.common.checklist import (
     requirements_met,
     sheet_lines,
 )
+from analyzers.common.judge_check import FOLLOWS, told_of
 from analyzers.common.judges import Court
 from analyzers.common.plain import plain
 from analyzers.common.prefixes import Prefixes
@@ -54,10 +64,10 @@ CARD = Card(
     family="search",
     source="Cook et al. 2024, arXiv:2410.03608",
     emits=(Token, SearchNode, Candidate, Judgement, Metric),
-    example="Describe a morning at the sea in 15 to 40 words. Mention the sun and a boat.",
+    example="Describe a morning at the sea in 15 to 40 words. Mention the sun, a boat and a dog.",
 )
 LIST = """length: 15-40 words
-keywords: sun, boat
+keywords: sun, boat, dog
 Does the text describe a morning?"""
 """For the example."""
 ANOTHER = "To change the battery, open the lid on the back with a coin and lift the old one out."
@@ -113,6 +123,34 @@ class Version:
         return -1.0 if rate is None else rate, -1.0 if soft is None else soft, self.logprob
 
 
+def _asked(params: Params) -> int:
+    """Most questions that the model answers about a text. Raises: BadParameter."""
+    if not params.checklist.strip():
+        return MOST
+    by_model = params.answered_by == "model"
+    given = read_checklist(params.checklist).requirements
+    return sum(by_model or each.check is None for each in given)
+
+
+def expect(params: Params) -> Expected:
+    """For answers as long as they may be and a list that none passes; a list that the model makes
+    has as many questions as it may.
+
+    Passes: samples are written side by side; reading a request is one, asking all questions of a
+    text at once as many as `next_labels` takes, and writing a token of the answer one.
+    Raises: BadParameter for a line of the checklist that cannot be read.
+    """
+    made = not params.checklist.strip()
+    asked = _asked(params)
+    answers = 1 + params.rounds if params.mode == "refine" else params.samples
+    texts = 1 + answers + bool(asked)  # the plain one, and one that answers something else
+    tokens = MADE_TOKENS * made + answers * params.max_new + texts * asked * params.reasons
+    turns = answers if params.mode == "refine" else 1
+    one = asked * (1 + params.reasons) if params.reasons else NEXT_LABELS * bool(asked)
+    passes = (1 + MADE_TOKENS) * made + turns * (1 + params.max_new) + texts * one + params.max_new
+    return Expected(min(tokens, params.tokens or tokens), texts, passes)
+
+
 def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[Event, None, str]:
     """Yield the checklist (Candidates of the group "checklist"), every answer as Candidate and node
     with its Judgement, and the best one as Tokens; return why the search ended.
@@ -124,7 +162,21 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     read or a budget that is too small for one answer; OutOfContext.
     """
     stick = Stick(engine, task, params, ctx)
-    return (yield from stick.forwards.of(stick.events()))
+    yield from expect(params).metrics()
+    checklist = yield from stick.forwards.of(stick.checklist())
+    stick.examine_by(checklist)
+    main = ctx.begin(engine, engine.encode(task))
+    yield from plain(engine, main, task, ctx, params.max_new, stick.court)
+    why = yield from stick.forwards.of(stick.events(main))
+    if stick.examiner.asks_model and not params.reasons:
+        general = Checklist((Requirement(HOLISTIC),))
+
+        def make(instruction: str) -> Examiner:
+            return Examiner(engine, instruction, general, Budget(), by_model=True)
+
+        yield Note("info", f'To examine the judge, it is asked of other texts: "{HOLISTIC}"')
+        yield from told_of(Examiner, engine, make, FOLLOWS)
+    return why
 
 
 class Stick:
@@ -138,18 +190,19 @@ class Stick:
         self.given = read_checklist(params.checklist) if params.checklist.strip() else None
         many = params.samples if params.mode == "best of n" else 1
         least = many * params.max_new + (0 if self.given else MADE_TOKENS)
+        least += params.reasons * _asked(params)
         if params.tokens and params.tokens < least:
             raise BadParameter(
                 f"tokens must be 0 or at least {least}, not {params.tokens}: the checklist and the "
-                "first answers take so many."
+                "first answers take so many, with what is said of the plain one."
             )
         self.tree = SearchTree(engine, self.budget)
         self.tree.root.detail["kind"] = "root"
         self.prefixes = Prefixes(engine)
         self.versions: list[Version] = []
 
-    def events(self) -> Generator[Event, None, str]:
-        checklist = yield from self.checklist()
+    def examine_by(self, checklist: Checklist) -> None:
+        """Have all answers held against this list."""
         self.examiner = Examiner(
             self.engine,
             self.instruction,
@@ -159,11 +212,10 @@ class Stick:
             reasons=self.params.reasons,
         )
         self.court = Court(self.examiner, self.budget)
-        main = self.ctx.begin(self.engine, self.engine.encode(self.task))
+
+    def events(self, main: Cursor) -> Generator[Event, None, str]:
+        """All but the checklist and the plain answer. main: where the answer is written."""
         try:
-            yield from plain(
-                self.engine, main, self.task, self.ctx, self.params.max_new, self.court
-            )
             why = yield from self.refine() if self.params.mode == "refine" else self.pick()
         except BudgetSpent as spent:
             why = str(spent)
@@ -264,7 +316,6 @@ class Stick:
         yield from self.spent()
 
     def spent(self) -> Generator[Metric, None, None]:
-        """By version, the plain answer's passes included."""
         yield from self.budget.metrics(len(self.versions), self.forwards.count)
 
     def added(self, parent: Node, rollout: Rollout) -> Node:
