@@ -120,7 +120,7 @@ def test_prompts_come_from_a_file_or_from_turns(call, tmp_path):
         (["run", "sampling", "--prompt-file", "latin.txt"], "latin.txt is not a UTF-8 text."),
         ([*RUN, "--set", "max_new"], "--set takes name=value, not 'max_new'."),
         ([*RUN, "--set", "maximum=3"], "There is no parameter 'maximum'"),
-        ([*RUN, "--set", "max_new=0"], "a whole number from 1 to 8192 tokens, not 0."),
+        ([*RUN, "--set", "max_new=0"], "a whole number from 1 to 8,192 tokens, not 0."),
         ([*RUN, "--set", "=3"], "There is no parameter ''"),
         ([*RUN, "--seed", "-1"], "The seed must be from 0 to "),
         ([*RUN, "--system", "Be kind."], "--system belongs to a conversation"),

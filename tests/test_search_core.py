@@ -16,9 +16,10 @@ from analyzers.common.written import forced
 from analyzers.context import Context
 from analyzers.decoding import sampling
 from analyzers.engine import Filters
+from analyzers.errors import Stopped
 from analyzers.params import build
 from analyzers.task import Task
-from analyzers.trace import Candidate, Judgement, Metric, text_of
+from analyzers.trace import Candidate, Judgement, Metric, SearchNode, text_of
 
 PLAIN = Filters(temperature=1.0)
 
@@ -186,25 +187,26 @@ def test_forced_text_is_in_the_answer_with_the_models_own_signals(tiny_engine):
     assert [token.logprob for token in tokens] == pytest.approx(scored.logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["rain", "deal", "best_of_n", "iterative_deepening", "stick", "spar"]
-)
-def test_every_search_tells_the_plain_answer_once_and_what_it_spends(name, own_engine):
-    own_engine.context = 4096  # room for what judges are asked
+SEARCHES = ("rain", "deal", "best_of_n", "iterative_deepening", "stick", "spar")
+
+
+def searching(name, engine, seed):
+    """A small search with a program as the judge, on a model that may read long questions."""
+    engine.context = 4096
     method = registry.method(name)
-    small = {
-        "max_new": 6,
-        "iterations": 2,
-        "n": 2,
-        "chains": 2,
-        "first": 3,
-        "criterion": "keywords",
+    given = {
+        **{"max_new": 6, "iterations": 2, "n": 2, "chains": 2, "first": 3, "budget": 400},
+        **{"criterion": "keywords", "reward": "keywords", "by": "keywords", "wish": "fox"},
+        **{"checks": "keywords: fox", "checklist": "keywords: fox", "edge": "nothing"},
     }
-    small |= {"reward": "keywords", "wish": "fox", "checks": "keywords: fox", "budget": 400}
-    small |= {"checklist": "keywords: fox", "edge": "nothing"}
     known = {field.name for field in fields(method.params)}
-    params = build(method.params, {key: small[key] for key in small.keys() & known})
-    events = list(method.run(own_engine, Task("The dog"), params, Context(3)))
+    params = build(method.params, {key: given[key] for key in given.keys() & known})
+    return method.run(engine, Task("The dog"), params, Context(seed))
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_search_tells_the_plain_answer_once_and_what_it_spends(name, own_engine):
+    events = list(searching(name, own_engine, 3))
     (told,) = [e for e in events if isinstance(e, Candidate) and e.group == "plain"]
     knobs = sampling.Params(temperature=0, max_new=6)
     assert told.text == text_of(list(sampling.run(own_engine, Task("The dog"), knobs, Context(3))))
@@ -213,3 +215,41 @@ def test_every_search_tells_the_plain_answer_once_and_what_it_spends(name, own_e
     last = {event.name: event.value for event in events if isinstance(event, Metric)}
     for what in ("tokens", "evaluations", "forwards"):
         assert last[f"spent {what}"] <= last[f"expected {what}"]
+
+
+def timeless(events):
+    """Without what tells how long it took."""
+    return [event for event in events if not isinstance(event, Judgement)]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_same_seed_grows_the_same_tree_and_another_one_another(name, own_engine):
+    one, again, other = (list(searching(name, own_engine, seed)) for seed in (3, 3, 4))
+    assert timeless(one) == timeless(again) != timeless(other)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_stop_anywhere_leaves_a_whole_tree_as_far_as_it_got(name, own_engine):
+    """Before any pass, those of an expansion included: what was told until then is the beginning
+    of what would have been told, and no node hangs on one that was not told."""
+    before = own_engine.forwards
+    whole = timeless(searching(name, own_engine, 3))
+    passes = own_engine.forwards - before
+    sizes = set()
+    for most in range(1, passes, max(passes // 12, 1)):
+        left = iter(range(most))
+
+        def poll(left=left):
+            if next(left, None) is None:
+                raise Stopped("stopped")
+
+        own_engine.poll, events = poll, []
+        with pytest.raises(Stopped):
+            for event in searching(name, own_engine, 3):
+                events.append(event)
+        assert timeless(events) == whole[: len(timeless(events))]
+        nodes = [event for event in events if isinstance(event, SearchNode)]
+        numbers = {event.node for event in nodes}
+        assert {event.parent for event in nodes} <= numbers | {None}
+        sizes.add(len(numbers))
+    assert len(sizes) > 1

@@ -307,9 +307,57 @@ def test_the_budget_and_the_judge_are_said():
     seen = check(view.render(search()), TAGS, NAMES)
     assert "1,912" in seen.text and "of 6,000" in seen.text and "of 200" in seen.text
     assert "at chance: 11 of 20 right, and it says A 16 times" in seen.text
-    assert "judge right 11 of 20" in seen.text
+    assert "judge right 11 of 20" in seen.text and "seconds31.0" in seen.text
     plain = check(view.render([node(0)]), TAGS, NAMES)
     assert "spent" not in plain.text and "trusted" not in plain.text
+
+
+def beside() -> list[Event]:
+    """A search that chose "Be kind." in two pieces; greedy decoding would say "<b>Hit</b> him."."""
+    return [
+        STARTED,
+        Candidate("plain", "plain", "<b>Hit</b>\nhim.", -3.0),
+        Judgement("e0", "plain", "harmless", -0.5, SCALE, label_mass=0.9),
+        Metric("expected forwards", 0, 400.0, "forwards"),
+        Metric("spent forwards", 1, 120.0, "forwards"),
+        node(0, None, "", status="committed"),
+        node(1, 0, "Be ", status="committed", value=0.25),
+        node(2, 1, "kind.", status="committed", value=0.75),
+        node(3, 1, "quick.", status="pruned", value=0.1),
+        *(token(pos, text) for pos, text in enumerate(["B", "e", " k", "ind", "."], 9)),
+        Metric("judge right", 0, 0.55, "share"),
+        Metric("judge says first", 0, 0.9, "share"),
+        RunEnded("done", "end token", 5, 150, 2.0),
+    ]
+
+
+def test_the_plain_answer_stands_beside_the_chosen_one_with_what_both_are_worth():
+    seen = check(view.render(beside()), TAGS, NAMES)
+    assert "The search worth 0.75" in seen.text
+    assert "the likeliest token worth −0.50" in seen.text and "<b>Hit</b>" in seen.text
+    going = view.render([e for e in beside() if not isinstance(e, RunEnded)])
+    assert "0.75" not in check(going, TAGS, NAMES).text.split("Plain")[0]
+    assert "Plain decoding" not in view.render(search())
+
+
+def test_without_a_limit_the_bar_runs_to_what_is_expected_at_most():
+    html = view.render(beside())
+    assert "120 of at most 400" in check(html, TAGS, NAMES).text and "width:30%" in html
+
+
+def test_shares_of_the_judge_have_a_line_at_one_half_and_a_program_is_right():
+    seen = check(view.render(beside()), TAGS, NAMES).text
+    assert "right55%" in seen and "says first90%" in seen and "program" not in seen
+    events = [Judgement("e", "1", "keywords: sun", 1.0, SCALE), node(0), node(1, 0, evals=("e",))]
+    assert "keywords: sun: a program, right by definition" in view.render(events)
+
+
+def test_every_token_of_the_answer_has_its_node():
+    """The blank that ends "Be " came with the k, whose first character is not of that piece."""
+    assert data(beside())["places"] == [[1, 9, 11], [2, 12, 13]]
+    whole = [node(0), node(1, 0, "No.", status="committed", detail={"kind": "sample"})]
+    assert data([*whole, token(4, "N"), token(5, "o."), token(6, "")])["places"] == [[1, 4, 6]]
+    assert data([node(0), token(4, "N")])["places"] == []
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -442,6 +490,24 @@ def test_whole_answers_stand_alone(page):
     page.locator("input").fill("1")
     assert "not there yet" in page.locator(".node-panel").text_content()
     assert "Nothing is committed yet" in page.locator(".answer").text_content()
+
+
+def test_a_token_and_the_node_that_wrote_it_are_chosen_together(page):
+    opened(page, beside())
+    page.evaluate("""window.told = []; document.addEventListener(
+        'candor:select', (event) => told.push(event.detail.pos))""")
+    select = """pos => document.dispatchEvent(
+        new CustomEvent('candor:select', { detail: { pos } }))"""
+    page.evaluate(select, 9)
+    assert page.locator('.node.on[data-node="1"]').count() == 1
+    page.evaluate(select, 13)
+    assert page.locator('.node.on[data-node="2"]').count() == 1
+    page.locator('.answer [data-node="1"]').click()
+    assert page.locator('.node.on[data-node="1"]').count() == 1
+    page.evaluate(select, 99)
+    assert page.locator('.node.on[data-node="1"]').count() == 1
+    page.locator('[data-node="3"].node').click()  # wrote nothing of the answer
+    assert page.evaluate("told") == [9, 13, 9, 99]
 
 
 def test_hostile_text_is_inert_in_the_browser(page):

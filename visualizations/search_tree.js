@@ -634,7 +634,19 @@ function choose(number) {
   chosen = number;
   draw();
   bring(number);
+  const place = data.places.find(([node]) => node === number);
+  if (place) scope.dispatchEvent(new CustomEvent('candor:select', { detail: { pos: place[1] } }));
 }
+
+// The token that was clicked, in any view, belongs to a piece of the answer.
+scope.addEventListener('candor:select', (event) => {
+  const { pos } = event.detail;
+  const place = data?.places.find(([, first, last]) => first <= pos && pos <= last);
+  if (!place || place[0] === chosen || !sheet || !root()) return;
+  [chosen] = place;
+  draw();
+  bring(chosen);
+});
 
 element.addEventListener('click', (event) => {
   const hit = event.target.closest('.x-search button');

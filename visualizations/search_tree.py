@@ -25,7 +25,7 @@ from analyzers.trace import (
 from visualizations.text import escape, number, visible
 
 TITLE = "What was considered"
-DRAWS: tuple[type[Event], ...] = (SearchNode, Judgement, Metric, Note, Token)
+DRAWS: tuple[type[Event], ...] = (SearchNode, Judgement, Candidate, Metric, Note, Token)
 GROWS = True
 
 MOST = 4_000
@@ -36,6 +36,9 @@ _LONGEST = 2_000  # characters of a node's text
 _WORDS = 600  # characters of any other text
 _HEARD = 5  # evaluations of a node that are written out
 _DEEP, _WIDE = 4, 60  # levels and entries of a node's detail
+PLAIN = "plain"
+"""Group of the Candidate, and target of the Judgement, of plain decoding."""
+_WHOLE = ("sample", "refinement")  # kinds of node whose text is a whole answer
 _STATUS = {"open": "o", "committed": "c", "rewound": "r", "pruned": "p"}
 _LETTER = {"value": "v", "visits": "n", "real_visits": "f", "prior": "p"}
 
@@ -89,6 +92,7 @@ def render(events: Sequence[Event]) -> str:
         "worse": scale.worse,
         "prompt": _prompt(events),
         "going": going,
+        "places": _places(events, nodes),
         "steps": _steps(found, kept),
         "evals": _evaluations(events, found),
     }
@@ -101,7 +105,7 @@ def render(events: Sequence[Event]) -> str:
     )
     return (
         f'<div class="candor x-search" data-search="{packed}">'
-        '<p class="answer" dir="auto"></p><div class="instead"></div>'
+        f"{_answers(events, nodes, going)}{_judges(events)}"
         f'<div class="tools">{_legend(scale)}<span class="zoom">'
         '<button type="button" data-fold=""></button>'
         '<button type="button" data-zoom="-1" aria-label="Smaller">−</button>'
@@ -115,7 +119,7 @@ def render(events: Sequence[Event]) -> str:
         '<button type="button" data-move="1" aria-label="Later">›</button>'
         f'<input type="range" min="0" max="{len(found) - 1}" value="{len(found) - 1}"'
         f' aria-label="Moment of the search"><output></output></div>{_spent(events)}'
-        f"{_judges(events)}{_KEY}{note}</div>"
+        f"{_KEY}{note}</div>"
     )
 
 
@@ -170,6 +174,13 @@ def scale_of(events: Sequence[Event]) -> Scale:
     if lo == hi:
         lo, hi = lo - 1, hi + 1
     return Scale(lo, hi, False, False, name or "value")
+
+
+def _committed(nodes: Mapping[int, SearchNode]) -> list[SearchNode]:
+    """Those whose texts make the answer, in its order."""
+    kept = [node for node in nodes.values() if node.status == "committed" and node.text]
+    whole = [node for node in kept if node.detail.get("kind") in _WHOLE]
+    return whole[-1:] or kept
 
 
 # Data for the page
@@ -235,6 +246,24 @@ def _of_node(event: SearchNode) -> dict[str, Any]:
         "d": _plain(event.detail, _DEEP),
     }
     return {name: value for name, value in found.items() if value not in (None, [], {}, "")}
+
+
+def _places(events: Iterable[Event], nodes: Mapping[int, SearchNode]) -> list[tuple[int, int, int]]:
+    """(node, first and last position of its tokens), where a token belongs to the node whose text
+    has its first character."""
+    pieces = _committed(nodes)
+    found: dict[int, tuple[int, int]] = {}
+    place, ends, written = 0, len(pieces[0].text) if pieces else 0, 0
+    for event in events:
+        if not isinstance(event, Token) or event.lane != MAIN or not pieces:
+            continue
+        while written >= ends and place < len(pieces) - 1:
+            place += 1
+            ends += len(pieces[place].text)
+        first, _ = found.get(pieces[place].node, (event.pos, event.pos))
+        found[pieces[place].node] = first, event.pos
+        written += len(event.text)
+    return [(node, first, last) for node, (first, last) in found.items()]
 
 
 def _evaluations(events: Iterable[Event], found: Iterable[Moment]) -> dict[str, dict[str, Any]]:
@@ -310,21 +339,60 @@ def _legend(scale: Scale) -> str:
     )
 
 
+def _answers(events: Sequence[Event], nodes: Mapping[int, SearchNode], going: bool) -> str:
+    """The answer of the search, which search_tree.js fills in, and the plain one beside it; both
+    with what they are worth, the first when it is done."""
+    plain = worth = None
+    for event in events:
+        if event.lane != MAIN:
+            continue
+        if isinstance(event, Candidate) and event.group == PLAIN:
+            plain = event.text
+        elif isinstance(event, Judgement) and event.target == PLAIN:
+            worth = event.score
+    pieces = [node for node in _committed(nodes) if node.value is not None]
+    last = pieces[-1].value if pieces and not going else None
+    answer = '<p class="answer" dir="auto"></p><div class="instead"></div>'
+    if plain is None:
+        return answer
+    text = _cut(plain.strip(), _LONGEST)
+    return (
+        f'<div class="both"><section><h4>The search{_worth(last)}</h4>{answer}</section>'
+        f'<section class="plain"><h4>Plain decoding, always the likeliest token{_worth(worth)}</h4>'
+        f'<p dir="auto">{escape(text) or "It says nothing."}</p></section></div>'
+    )
+
+
+def _worth(value: float | None) -> str:
+    return "" if value is None else f" <small>worth <b>{number(value, 2)}</b></small>"
+
+
 def _spent(events: Iterable[Event]) -> str:
-    """What the search spent so far, with a bar where a knob limits it."""
+    """What the search spent so far, with a bar towards the limit of a knob, else towards what it
+    was expected to spend at most; in the end the seconds that it took."""
     spent: dict[str, float] = {}
+    expected: dict[str, float] = {}
     params: Mapping[str, Any] = {}
+    seconds = ""
     for event in events:
         if isinstance(event, RunStarted):
             params = event.params
+        elif isinstance(event, RunEnded):
+            seconds = f"<div><dt>seconds</dt><dd><b>{event.seconds:,.1f}</b></dd></div>"
         elif isinstance(event, Metric) and event.name.startswith("spent "):
             spent[event.name.removeprefix("spent ")] = event.value
-    tiles = "".join(_gauge(what, value, _limit(params, what)) for what, value in spent.items())
-    return f'<dl class="spent">{tiles}</dl>' if tiles else ""
+        elif isinstance(event, Metric) and event.name.startswith("expected "):
+            expected[event.name.removeprefix("expected ")] = event.value
+    tiles = "".join(
+        _gauge(what, value, _limit(params, what), expected.get(what))
+        for what, value in spent.items()
+    )
+    return f'<dl class="spent">{tiles}{seconds}</dl>' if tiles else ""
 
 
-def _gauge(what: str, value: float, limit: int | None) -> str:
-    of = f" of {limit:,}" if limit else ""
+def _gauge(what: str, value: float, limit: float | None, expected: float | None) -> str:
+    of = f" of {limit:,}" if limit else f" of at most {expected:,.0f}" if expected else ""
+    limit = limit or expected
     share = min(value / limit, 1.0) if limit else 0.0
     bar = f'<dd class="b"><u style="width:{100 * share:.0f}%"></u></dd>' if limit else ""
     return f"<div><dt>{escape(visible(what))}</dt><dd><b>{value:,.0f}</b>{of}</dd>{bar}</div>"
@@ -338,18 +406,36 @@ def _limit(params: Mapping[str, Any], what: str) -> int | None:
 
 def _judges(events: Iterable[Event]) -> str:
     """How good the judge is by its own check, and what was said aloud of it."""
-    said = []
+    said, shares, judged = [], {}, []
     for event in events:
         if isinstance(event, Note) and "judge" in event.text.lower():
             kind = "no" if event.level == "warning" else "ok"
             said.append(f'<li class="{kind}">{escape(event.text)}</li>')
         elif isinstance(event, Metric) and event.name.startswith("judge"):
-            unit = event.unit if event.unit not in ("", "share") else ""
-            value = number(event.value, 0 if event.value == int(event.value) else 2)
-            said.append(f"<li>{escape(event.name)} <b>{value}</b> {escape(unit)}</li>")
-    if not said:
+            if event.unit == "share":
+                shares[event.name.removeprefix("judge ")] = event.value
+            else:
+                value = number(event.value, 0 if event.value == int(event.value) else 2)
+                said.append(f"<li>{escape(event.name)} <b>{value}</b> {escape(event.unit)}</li>")
+        elif isinstance(event, Judgement) and event.lane == MAIN:
+            judged.append(event)
+    if judged and not any(event.passes or event.label_mass is not None for event in judged):
+        said.append(
+            f'<li class="ok">{escape(judged[0].judge)}: a program, right by definition</li>'
+        )
+    bars = "".join(_half(name, share) for name, share in shares.items())
+    if not said and not bars:
         return ""
     return (
         '<section class="judge"><h4>Can this judge be trusted?</h4>'
-        f"<ul>{''.join(dict.fromkeys(said))}</ul></section>"
+        f'<div class="shares">{bars}</div><ul>{"".join(dict.fromkeys(said))}</ul></section>'
+    )
+
+
+def _half(name: str, share: float) -> str:
+    """A share with a line at one half: chance, or no liking for one label."""
+    width = 100 * min(max(share, 0.0), 1.0)
+    return (
+        f"<div><span>{escape(visible(name))}</span>"
+        f'<span class="b"><u style="width:{width:.0f}%"></u></span><b>{share:.0%}</b></div>'
     )
