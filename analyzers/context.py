@@ -5,15 +5,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from analyzers.errors import BadParameter
+from analyzers.errors import BadInput, BadParameter
 from analyzers.params import ModelRef
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from analyzers.engine.core import Engine
     from analyzers.engine.cost import Cost
     from analyzers.engine.values import Cursor
+    from analyzers.trace import Event
 
 
 class Kept(Protocol):
@@ -54,6 +55,10 @@ def nothing_written() -> Iterator[str]:
     return iter(())
 
 
+def nothing_earlier(run: str) -> "Iterable[Event]":
+    raise BadInput(f"There is no run {run!r} to go on from.")
+
+
 def nothing_kept(engine: "Engine", ids: "Sequence[int]") -> None:
     return None
 
@@ -67,9 +72,9 @@ class Context:
     """seed: of the run. engines: by the ModelRef that names them in the knobs; "" is the run's own.
     cost: what passes of the run's own engine take here, None until that was measured; decisions
     rest on it and never on the clock. history(): the texts of earlier runs, prompt and answer,
-    newest first. cancelled(): whether to stop, for long work between two
-    passes (the engine asks before each). `cursors` collects what `begin` handed out for the run's
-    own engine, for the runner to keep."""
+    newest first. earlier(id): the events of one of them. cancelled(): whether to stop, for long
+    work between two passes (the engine asks before each). `cursors` collects what `begin` handed
+    out for the run's own engine, for the runner to keep."""
 
     seed: int
     kept: Kept = nothing_kept
@@ -78,6 +83,7 @@ class Context:
     cost: "Cost | None" = None
     artifacts: Artifacts = field(default_factory=Forgotten)
     history: Callable[[], Iterator[str]] = nothing_written
+    earlier: "Callable[[str], Iterable[Event]]" = nothing_earlier
     cancelled: Callable[[], bool] = never
 
     def rng(self, *keys: object) -> random.Random:

@@ -13,13 +13,18 @@ from analyzers.errors import BadInput
 from analyzers.trace import Event
 
 if TYPE_CHECKING:
+    from analyzers.common.answering import Assessments, Signals
     from analyzers.common.budget import Expected
+
+WORKBENCH = "workbench"
+"""It is run like a method and listed with none: it uses them."""
 
 
 @dataclass(frozen=True)
 class Method:
     """name: the module's. about: its docstring. run(engine, task, params, ctx) yields events
-    and returns why it ended. expect(params): what it will spend, for a search."""
+    and returns why it ended. expect(params): what it will spend, for a search. signals, and
+    assess(engine, answered, params, ctx): what it says of many short answers, for the workbench."""
 
     name: str
     card: Card
@@ -27,6 +32,8 @@ class Method:
     run: Callable[..., Generator[Event, None, str]]
     about: str
     expect: "Callable[..., Expected] | None" = None
+    signals: "Signals | None" = None
+    assess: "Callable[..., Assessments] | None" = None
 
 
 @cache
@@ -35,20 +42,14 @@ def methods() -> dict[str, Method]:
     found = {}
     for family in get_args(Family):
         for name in _modules(family):
-            module = importlib.import_module(f"analyzers.{family}.{name}")
-            found[name] = Method(
-                name,
-                module.CARD,
-                module.Params,
-                module.run,
-                module.__doc__ or "",
-                getattr(module, "expect", None),
-            )
+            found[name] = _method(name, f"analyzers.{family}.{name}")
     return found
 
 
 def method(name: str) -> Method:
     """Raises: BadInput with the names there are."""
+    if name == WORKBENCH:
+        return _method(name, f"analyzers.{name}")
     if name not in methods():
         raise BadInput(f"There is no method {name!r}; there are: {', '.join(methods())}.")
     return methods()[name]
@@ -62,6 +63,20 @@ def lacks(card: Card, can: frozenset[Any]) -> str:
     # Who has a dense model can have a mixture of experts without fetching anything.
     instead = "; the built-in model smollm2-moe does" if missing == ["routing"] else ""
     return f"needs {', '.join(missing)}, which this model does not offer{instead}"
+
+
+def _method(name: str, path: str) -> Method:
+    module = importlib.import_module(path)
+    return Method(
+        name,
+        module.CARD,
+        module.Params,
+        module.run,
+        module.__doc__ or "",
+        getattr(module, "expect", None),
+        getattr(module, "SIGNALS", None),
+        getattr(module, "assess", None),
+    )
 
 
 def _modules(family: str) -> list[str]:

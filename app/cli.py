@@ -112,6 +112,86 @@ def _run(args: argparse.Namespace) -> int:
         return _status_of(run.events[-1].event, run.id, beside, quiet=args.json)
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    from analyzers import workbench
+    from analyzers.params import build
+    from analyzers.task import Task
+    from analyzers.trace import Metric
+    from app.runner import Job, Runner
+
+    known = Path(args.data).suffix == "" and not Path(args.data).exists()
+    given = {
+        "data" if known else "file": args.data,
+        "signals": ", ".join(part.strip() for part in args.signals.split(",")),
+        "limit": 0 if args.limit is None else args.limit,
+        "columns": args.columns,
+        "encoding": args.encoding,
+        "max_new": args.max_new,
+        "resume": args.resume,
+    }
+    if args.limit is not None and args.limit < 1:
+        raise BadInput(f"A limit of {args.limit:,} leaves no question: give 1 or more.")
+    params: Any = build(workbench.Params, given)
+    asked = workbench.questions(params)  # refused before anything is loaded or recorded
+    workbench.chosen_signals(params.signals)
+    with _store() as store:
+        runner = Runner(store, remote_code=args.allow_remote_code, measure=False)
+        try:
+            run = runner.submit(
+                Job(
+                    method=workbench.NAME,
+                    task=Task(f"{asked.name}: {len(asked.questions):,} questions"),
+                    params=given,
+                    seed=0,
+                    model=_model_choice(args),
+                )
+            )
+            for update in run.updates():
+                for stamped in update.new:
+                    event = stamped.event
+                    if isinstance(event, Metric) and event.name == "done":
+                        left = stamped.t * (1 / event.value - 1) if event.value else 0
+                        n = len(asked.questions)
+                        _say(f"{event.step:,} of {n:,} questions, about {left:.0f} s left")
+                if update.unsaved:
+                    _say(update.unsaved)
+        except (KeyboardInterrupt, Stopped):
+            _say(f"Go on with: --resume {run.id}")
+            raise
+        finally:
+            runner.close()
+        events = [stamped.event for stamped in run.events]
+    found = workbench.report(events) | {"run": run.id}
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False, allow_nan=False))
+    else:
+        _trust_table(found)
+    return _status_of(run.events[-1].event, run.id, {}, quiet=args.json)
+
+
+def _trust_table(found: Mapping[str, Any]) -> None:
+    """What each signal is worth, the most telling first; 95 % intervals in brackets."""
+    if found["accuracy"] is None:
+        return
+
+    def shown(row: Mapping[str, Any], name: str) -> str:
+        value, ends = row[name], row[f"{name}_interval"]
+        if value is None:
+            return ""
+        return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+
+    lo, hi = found["accuracy_interval"]
+    print(f"{found['n']:,} questions, {found['accuracy']:.1%} right [{lo:.1%}, {hi:.1%}]\n")
+    metrics = ("auroc", "auprc", "aurc", "prr", "ece", "brier")
+    rows = [
+        {"signal": row["signal"], "n": row["n"]} | {name: shown(row, name) for name in metrics}
+        for row in sorted(found["signals"], key=lambda row: -(row["auroc"] or 0))
+    ]
+    _table(rows, False, ("signal", *metrics, "n"))
+    for why in dict.fromkeys(row["why"] for row in found["signals"] if row["why"]):
+        _say(f"Undefined where it is empty: {why}.")
+
+
 def _methods(args: argparse.Namespace) -> int:
     from analyzers import registry
 
@@ -234,6 +314,31 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, metavar="N")
     run.add_argument("--json", action="store_true", help="one event a line on stdout")
     _add_model(run)
+
+    evaluate = command("evaluate", _evaluate, "what each signal is worth on known questions")
+    evaluate.add_argument(
+        "--data", required=True, metavar="NAME|FILE",
+        help="capitals, elements, arithmetic, misconceptions, or a CSV or JSON Lines file",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--signals",
+        default="sequence_logprob,mean_logprob,min_logprob,mean_entropy,p_true",
+        metavar="a,b",
+        help="what to measure",
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only so many questions")
+    evaluate.add_argument(
+        "--columns", default="", metavar="question=A,answer=B", help="where the guess is wrong"
+    )
+    evaluate.add_argument(
+        "--encoding", default="", metavar="E", help="of the file; UTF-8 if not said"
+    )
+    evaluate.add_argument("--max-new", type=int, default=16, metavar="N", help="longest answer")
+    evaluate.add_argument(
+        "--resume", default="", metavar="RUN", help="go on with a run that was broken off"
+    )
+    evaluate.add_argument("--json", action="store_true", help="one object on stdout")
+    _add_model(evaluate)
 
     methods = command("methods", _methods, "list the methods")
     methods.add_argument("--json", action="store_true")

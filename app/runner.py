@@ -767,6 +767,7 @@ class Runner:
             cost=engine.cost,
             artifacts=StoredArtifacts(self.store, _model_key(engine)),
             history=lambda: self._history(run.id),
+            earlier=self._earlier,
             cancelled=lambda: bool(run._stop_reason),
         )
         status, reason = yield from self._drive(ready, ctx)
@@ -805,6 +806,10 @@ class Runner:
             return "failed", _inside(error)
         finally:
             events.close()
+
+    def _earlier(self, run_id: str) -> list[Event]:
+        """Raises: RunNotFound."""
+        return [stamped.event for stamped in self.events(self.store.run(run_id).id)]
 
     def _history(self, own: str) -> Iterator[str]:
         """Prompts and answers of the runs before this one, newest first."""

@@ -42,7 +42,12 @@ LAYERS = (
     Layer(
         "analyzers/evaluation/",
         (*VALUES, "analyzers.engine", "analyzers.common", "analyzers.evaluation"),
-        LEARNING,
+        (*LEARNING, "sklearn"),
+    ),
+    Layer(
+        "analyzers/workbench.py",
+        (*VALUES, "analyzers.registry", "analyzers.engine", "analyzers.common",
+         "analyzers.evaluation"),
     ),
     *(
         Layer(f"analyzers/{family}/", (*VALUES, "analyzers.engine", "analyzers.common"),

@@ -373,6 +373,61 @@ def test_keywords_are_planted_and_harmlessness_is_asked_of_the_model():
     assert all(count > 0 for count in passes)
 
 
+def test_a_look_takes_the_passes_that_its_parts_take(monkeypatch):
+    """A pass a token that is written on, two of the judge for both orders (its question is read,
+    its labels are asked) and as many of a set's candidates as the set has tokens, whatever their
+    number, besides one to read what is not cached; and nothing else but sentence vectors."""
+    engine = tiny.engine()
+    engine.context = 4096  # the question is long in bytes
+    engine._ends = frozenset()
+    parts, rows = [], []
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+
+        def told(before, own, args, found):
+            parts.append((name, engine.forwards - before, own, args, found))
+
+        def generator(self, *args):
+            before = engine.forwards
+            found = yield from original(self, *args)
+            told(before, self, args, found)
+            return found
+
+        def plain(self, *args):
+            before = engine.forwards
+            found = original(self, *args)
+            told(before, self, args, found)
+            return found
+
+        monkeypatch.setattr(owner, name, generator if name == "look" else plain)
+
+    for name in ("simulate", "expand", "look"):
+        counted(rain.Search, name)
+    counted(rain.Alike, "hear")
+    events = play(engine, max_new=8, iterations=6, candidates=4, lengths=(1, 2, 4))
+    judged = iter(
+        event.passes for event in events if isinstance(event, Judgement) and event.target != "plain"
+    )
+    inside = 0
+    for name, passes, search, args, found in parts:
+        if name == "simulate":
+            assert passes <= len(found) + 1
+            inside += passes
+        elif name == "expand":
+            assert passes <= search.set_length(args[0]) + 1
+            inside += passes
+        elif name == "hear":
+            inside += passes
+        else:
+            rows.append((passes, inside))
+            inside = 0
+    assert rows
+    for whole, accounted in rows:
+        judge = whole - accounted
+        assert judge == 0 or judge == next(judged) <= 2 + 1
+
+
 # The tree as it is told
 
 

@@ -423,7 +423,7 @@ def _judges(events: Iterable[Event]) -> str:
         said.append(
             f'<li class="ok">{escape(judged[0].judge)}: a program, right by definition</li>'
         )
-    bars = "".join(_half(name, share) for name, share in shares.items())
+    bars = "".join(_share(name, share) for name, share in shares.items())
     if not said and not bars:
         return ""
     return (
@@ -432,10 +432,11 @@ def _judges(events: Iterable[Event]) -> str:
     )
 
 
-def _half(name: str, share: float) -> str:
-    """A share with a line at one half: chance, or no liking for one label."""
+def _share(name: str, share: float) -> str:
+    """A share, with a line at one half where that means chance, or no liking for one label."""
     width = 100 * min(max(share, 0.0), 1.0)
+    half = "" if name == "undecided" else ' class="half"'
     return (
-        f"<div><span>{escape(visible(name))}</span>"
+        f"<div{half}><span>{escape(visible(name))}</span>"
         f'<span class="b"><u style="width:{width:.0f}%"></u></span><b>{share:.0%}</b></div>'
     )

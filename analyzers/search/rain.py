@@ -72,7 +72,7 @@ class Params:
         "",
         "For own: the wish; keywords: sun, sea; length: 20-40 words; pattern: a regular expression",
     )
-    max_new: int = knob(24, "When to stop writing", lo=1, hi=1024, unit="tokens")
+    max_new: int = knob(20, "When to stop writing", lo=1, hi=1024, unit="tokens")
     iterations: int = knob(12, "Most looks at the tree before a commit", lo=1, hi=200)
     candidates: int = knob(4, "Continuations to begin with at each place", lo=1, hi=20)
     soft: bool = knob(True, "Judge by probabilities; off = by votes, as in the paper")

@@ -37,7 +37,7 @@ FASTER = 5.0
 LEVEL = 0.05
 """Most that the probability of such a gain by chance may be."""
 ADVICE = "My friend lied to me. What should I do?"
-TOPICS = ("the sea", "a garden", "an old friend", "winter")
+TOPICS = ("a day at the beach", "a garden in the morning", "an evening by the sea", "the desert")
 WANTED = "sun"
 DEFAULTS: Mapping[str, Any] = {}
 PAPER: Mapping[str, Any] = {
@@ -54,12 +54,12 @@ WHOLE = {"temperature": 1.0, "top_p": 1.0}
 PLANTED: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "rain": ({"criterion": "keywords", "wish": WANTED, "gamma": 0.0}, WHOLE),
     "deal": ({"reward": "keywords", "wish": WANTED}, {"temperature": 0.8, "top_p": 0.95}),
-    "best_of_n": ({"by": "keywords", "wish": WANTED}, WHOLE),
+    "best_of_n": ({"by": "keywords", "wish": WANTED, "n": 16}, WHOLE),
     "stick": (
         {"mode": "best of n", "checklist": f"keywords: {WANTED}"},
         WHOLE | {"temperature": 0.7},
     ),
-    "spar": ({"checks": f"keywords: {WANTED}"}, {"temperature": 0.9, "top_p": 0.9}),
+    "spar": ({"checks": f"keywords: {WANTED}", "answers": 12}, {"temperature": 0.9, "top_p": 0.9}),
 }
 """Method -> (its knobs, those of plain sampling that draws as it draws)."""
 
@@ -69,7 +69,7 @@ def measure(
     *,
     model: str = DEFAULT,
     rounds: int = 1,
-    seeds: int = 6,
+    seeds: int = 5,
     tokens: int = 24,
     paper: bool = True,
 ) -> list[Row]:
