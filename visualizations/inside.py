@@ -11,6 +11,7 @@ from types import ModuleType
 
 from analyzers.trace import Event
 from visualizations import (
+    assessment,
     attention,
     attribution,
     branches,
@@ -30,6 +31,7 @@ from visualizations.text import escape
 
 VIEWS: tuple[ModuleType, ...] = (
     lens,
+    assessment,
     picture,
     lanes,
     branches,

@@ -9,6 +9,7 @@ Differs from the source: both orders (there: one); worked judgements are six of 
         20 of the same task, and are left out where the questions have none before them.
 """
 
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
         if engine.ends(tokens[-1].id):
             break
     answer = engine.vocabulary.decode([each.id for each in tokens]).strip()
-    before = engine.forwards
+    before, began = engine.forwards, time.perf_counter()
     (verdict,) = _verdicts(engine, [(question, answer)], params, Prefixes(engine))
     yield Judgement(
         "p_true",
@@ -90,6 +91,7 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
         label_mass=verdict.label_mass,
         detail=verdict.detail,
         passes=engine.forwards - before,
+        ms=round(1e3 * (time.perf_counter() - began), 3),
     )
     if verdict.label_mass is not None and verdict.label_mass < SMALL_MASS:
         yield Note(
