@@ -8,6 +8,7 @@ It stands beside the registry and not among the methods because it uses them: a 
 judging family that has SIGNALS and `assess` can be chosen here.
 """
 
+import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,16 @@ from typing import Any
 
 from analyzers import registry
 from analyzers.card import Card
-from analyzers.common.answering import SURER, Answered, Signals, Written, answers, ask
+from analyzers.common.answering import (
+    SURER,
+    TRUST,
+    Answered,
+    Signals,
+    Written,
+    answers,
+    ask,
+    trusted,
+)
 from analyzers.common.judges import Scale, Verdict
 from analyzers.context import Context
 from analyzers.engine import Engine
@@ -125,8 +135,10 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
             yield from _told(item, chosen)
         done += fresh
         yield from _progress(done, len(asked.questions))
-    for name, found in trusts(done, chosen).items():
-        auroc = found.metrics["auroc"].value
+    found = trusts(done, chosen, resamples=RESAMPLES)
+    _remember(ctx, asked.name, found)
+    for name, each in found.items():
+        auroc = each.metrics["auroc"].value
         if auroc is not None:
             yield Metric(f"AUROC of {name}", len(done), round(auroc, DIGITS), "")
     return f"{len(done):,} questions"
@@ -358,6 +370,25 @@ def _refuse_other(earlier: Sequence[Event], params: Params, ctx: Context) -> Non
             raise BadInput(f"That run had {name} {before!r} and not {now!r}: start a new one.")
     if started.model.get("hash") != ctx.engine().identity["hash"]:
         raise BadInput("That run was made with another model: load that one to go on with it.")
+
+
+def _remember(ctx: Context, data: str, found: Mapping[str, Trust]) -> None:
+    """Keep what was found of each signal, to stand beside it wherever it appears; too few answers,
+    or answers of one kind only, say nothing."""
+    known = dict(trusted(ctx))
+    for name, each in found.items():
+        auroc, ece = each.metrics["auroc"], each.metrics.get("ece")
+        if each.few or auroc.value is None:
+            continue
+        known[name] = {
+            "auroc": auroc.value,
+            "lo": auroc.lo,
+            "hi": auroc.hi,
+            "ece": ece.value if ece else None,
+            "data": data,
+            "n": each.n,
+        }
+    ctx.artifacts.put(*TRUST, json.dumps(known).encode())
 
 
 def _progress(done: Sequence[Item], n: int) -> Generator[Metric, None, None]:

@@ -76,3 +76,16 @@ def test_other_judgements_are_no_signals():
 def test_a_judge_with_a_wicked_name_is_text():
     wicked = Judgement("e", "answer", "<script>x</script>", 0.1, (0.0, 1.0, "surer", True))
     assert "<script>" not in view.render([wicked])
+
+
+def known(auroc, lo, hi, **more):
+    return {"trust": {"auroc": auroc, "lo": lo, "hi": hi, "data": "<i>", "n": 1860, **more}}
+
+
+def test_the_badge_says_what_was_measured():
+    good = view.render([asked(detail=known(0.83, 0.76, 0.88, ece=0.17))])
+    assert 'class="badge ok">AUROC 0.83 [0.76, 0.88] · ECE 0.17<' in good
+    assert "on &lt;i&gt;, n = 1,860" in good
+    assert "at chance: AUROC 0.52" in view.render([asked(detail=known(0.52, 0.4, 0.6, ece=None))])
+    assert "misleads: AUROC 0.35" in view.render([asked(detail=known(0.35, 0.3, 0.4))])
+    assert "not measured yet" in view.render([asked(detail={"trust": {"auroc": "x"}})])

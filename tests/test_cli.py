@@ -61,6 +61,21 @@ def lines(out: str) -> list[dict]:
 # run
 
 
+def test_evaluate_prints_one_object_or_a_table_and_can_go_on(call, own_engine):
+    own_engine.context = 4096
+    given = ["evaluate", "--data", "arithmetic", "--signals", "mean_logprob,p_true", "--limit", "3"]
+    status, out, err = call(*given, "--json")
+    told = json.loads(out)
+    assert (status, told["n"], told["data"]) == (0, 3, "arithmetic")
+    assert [row["signal"] for row in told["signals"]] == ["mean_logprob", "p_true"]
+    assert told["signals"][0]["ece"] is None and "ece_interval" in told["signals"][0]
+    assert "3 of 3 questions" in err
+    status, out, err = call(*given, "--resume", told["run"])
+    assert status == 0 and "mean_logprob" in out and "3 questions" in out
+    status, out, err = call(*given[:-1], "2", "--resume", told["run"])
+    assert status == 1 and "there were 3 questions and now are 2" in err
+
+
 def test_json_is_one_event_a_line_and_nothing_else(call):
     status, out, err = call(*RUN, "--json")
     assert (status, err) == (0, "")
@@ -120,6 +135,10 @@ def test_prompts_come_from_a_file_or_from_turns(call, tmp_path):
         (["run", "sampling", "--prompt-file", "latin.txt"], "latin.txt is not a UTF-8 text."),
         ([*RUN, "--set", "max_new"], "--set takes name=value, not 'max_new'."),
         ([*RUN, "--set", "maximum=3"], "There is no parameter 'maximum'"),
+        (["evaluate", "--data", "nonsense"], "There is no built-in set 'nonsense'"),
+        (["evaluate", "--data", "capitals", "--signals", "x"], "There is no signal 'x'"),
+        (["evaluate", "--data", "capitals", "--limit", "0"], "leaves no question"),
+        (["evaluate", "--data", "missing.csv"], "missing.csv cannot be read"),
         ([*RUN, "--set", "max_new=0"], "a whole number from 1 to 8,192 tokens, not 0."),
         ([*RUN, "--set", "=3"], "There is no parameter ''"),
         ([*RUN, "--seed", "-1"], "The seed must be from 0 to "),

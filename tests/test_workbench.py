@@ -3,17 +3,18 @@
 import json
 import math
 from dataclasses import replace
-from itertools import takewhile
+from itertools import cycle, takewhile
 
 import pytest
 import torch
 
 from analyzers import registry, workbench
-from analyzers.common.answering import Answered, answers, ask, behind
+from analyzers.common.answering import Answered, answers, ask, behind, trusted
 from analyzers.context import Context
 from analyzers.engine import Filters
 from analyzers.errors import BadInput, Stopped
 from analyzers.evaluation.built_in import built_in
+from analyzers.evaluation.scoring import Scored
 from analyzers.judging import p_true, token_signals
 from analyzers.task import Task
 from analyzers.trace import Artifact, Candidate, Judgement, Metric, RunStarted, Token
@@ -109,7 +110,7 @@ def test_drawn_answers_are_the_same_whatever_is_beside_them(tiny_engine):
 def test_p_true_is_the_share_of_the_label_read_by_hand(engine):
     asked = ask(engine, "a", "Is water wet?")
     (written,) = answers(engine, [asked], 4, [None])
-    given = p_true.Params(examples=False)
+    given = p_true.Params()
     (said,) = p_true.assess(engine, [Answered(asked, written)], given, Context(0))
     verdict = said["p_true"]
     by_hand = []
@@ -141,9 +142,10 @@ def test_p_true_of_many_is_p_true_of_each(engine):
         Answered(one, its)
         for one, its in zip(asked, answers(engine, asked, 4, [None] * 7), strict=True)
     ]
-    together = list(p_true.assess(engine, items, p_true.Params(), Context(0)))
+    given = p_true.Params(examples=True)
+    together = list(p_true.assess(engine, items, given, Context(0)))
     for item, its in zip(items, together, strict=True):
-        (alone,) = p_true.assess(engine, [item], p_true.Params(), Context(0))
+        (alone,) = p_true.assess(engine, [item], given, Context(0))
         assert its["p_true"].score == pytest.approx(alone["p_true"].score, abs=1e-4)
 
 
@@ -337,3 +339,35 @@ def test_every_signal_is_measured_by_the_method_that_has_it():
         assert method.assess and name in method.signals
         assert method.card.family == "judging"
     assert registry.method("workbench").name not in registry.methods()
+
+
+def test_what_is_known_of_a_signal_stands_beside_it_afterwards(engine, monkeypatch):
+    """Only of enough answers, of both kinds."""
+    monkeypatch.setattr(workbench, "score", half_right())
+    ctx = Context(0)
+    run(engine, params(limit=20), ctx)
+    assert trusted(ctx) == {}
+    run(engine, params(limit=40), ctx)
+    assert set(trusted(ctx)) == {"sequence_logprob", "mean_entropy"}
+    known = trusted(ctx)["sequence_logprob"]
+    assert known["lo"] <= known["auroc"] <= known["hi"]
+    assert (known["n"], known["data"], known["ece"]) == (40, "arithmetic", None)
+    events = list(token_signals.run(engine, Task("Hello."), token_signals.Params(max_new=4), ctx))
+    whole = [e for e in events if isinstance(e, Judgement) and e.target == "answer"]
+    told = {e.judge: e.detail["trust"] for e in whole if "trust" in e.detail}
+    assert told == trusted(ctx)
+
+
+def half_right():
+    turns = cycle((True, False))
+    return lambda answer, question: Scored(next(turns), "exact", "by turns")
+
+
+def test_the_default_model_knows_capitals_and_its_tokens_say_which(smollm):
+    """Few-shot, greedy. P(True) carries no such signal at this size, and may not seem to."""
+    given = workbench.Params(data="capitals", limit=64, signals="sequence_logprob, p_true")
+    told = workbench.report(workbench.run(smollm, Task("x"), given, Context(0)))
+    by_name = {row["signal"]: row for row in told["signals"]}
+    assert 0.35 <= told["accuracy"] <= 0.60
+    assert by_name["sequence_logprob"]["auroc"] >= 0.75
+    assert by_name["p_true"]["auroc_interval"][0] < 0.5

@@ -4,7 +4,8 @@ Every number stands with its unit, the direction in which it means surer, and wh
 them says by itself whether the answer is right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from analyzers.trace import Event, Judgement, Token, surviving
 from visualizations.text import escape, number, percent, spaced, visible
@@ -60,8 +61,30 @@ def _row(event: Judgement) -> str:
     return (
         f"<tr><th>{escape(visible(event.judge.replace('_', ' ')))}{_beside(event)}</th>"
         f"<td><b>{shown}</b></td><td>{bar}</td><td>{_ARROWS[direction]}</td><td>{cost}</td>"
-        '<td class="quiet">not measured yet</td></tr>'
+        f"<td>{_badge(event)}</td></tr>"
     )
+
+
+def _badge(event: Judgement) -> str:
+    """What was known of this signal of this model when the answer was given."""
+    known = event.detail.get("trust")
+    if not isinstance(known, Mapping):
+        return '<span class="quiet">not measured yet</span>'
+    auroc, lo, hi, ece = (known.get(name) for name in ("auroc", "lo", "hi", "ece"))
+    if not (_real(auroc) and _real(lo) and _real(hi)):
+        return '<span class="quiet">not measured yet</span>'
+    kind, said = ("ok", "AUROC") if lo > 0.5 else ("no", "misleads: AUROC")
+    if lo <= 0.5 <= hi:
+        said = "at chance: AUROC"
+    spread = f"{said} {number(auroc)} [{number(lo)}, {number(hi)}]"
+    if _real(ece):
+        spread += f" · ECE {number(ece)}"
+    on = f"on {escape(visible(str(known.get('data', ''))))}, n = {known.get('n', 0):,}"
+    return f'<span class="badge {kind}">{spread}</span><small>{on}</small>'
+
+
+def _real(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _beside(event: Judgement) -> str:

@@ -4,13 +4,16 @@ Questions that begin alike are read once up to where they part; answers are writ
 each up to the end of its first line.
 """
 
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from analyzers.common.judges import Scale, Verdict
 from analyzers.common.prefixes import shared
+from analyzers.context import Context
 from analyzers.engine import Cursor, Engine, Filters
 from analyzers.engine.signals import chosen, token
 from analyzers.errors import BadInput
@@ -22,6 +25,8 @@ GREEDY = Filters(temperature=0)
 Signals = Mapping[str, Scale]
 """The signals of a method, by name. A scale whose third part is "surer" rises with trust, one with
 "less sure" falls."""
+TRUST = ("workbench", "trust")
+"""Method and name of the artifact with what is known about the signals of a model."""
 SURER, LESS_SURE = "surer", "less sure"
 
 
@@ -61,6 +66,20 @@ class Answered:
 
 Assessments = Iterator[Mapping[str, Verdict]]
 """For each answer, in order: what every signal of a method says of it."""
+
+
+def trusted(ctx: Context) -> Mapping[str, Mapping[str, Any]]:
+    """What the workbench has found out about the signals of this model, by name: their "auroc"
+    with "lo" and "hi" of its interval, "ece" or None, on which "data", of how many questions "n".
+    """
+    found = ctx.artifacts.get(*TRUST)
+    known: Mapping[str, Mapping[str, Any]] = json.loads(found[0]) if found else {}
+    return known
+
+
+def trust_of(name: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """For the detail of a Judgement, so that a stored run shows what was known then."""
+    return {"trust": dict(known[name])} if name in known else {}
 
 
 def ask(engine: Engine, id: str, question: str, shown: str = "") -> Asked:

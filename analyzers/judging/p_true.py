@@ -5,8 +5,10 @@ Source: Kadavath et al. 2022 (arXiv:2207.05221), section 3 and appendix; the pro
 Idea:   P(True) = p(A) / (p(A) + p(B)) of the letter that comes next. It is asked in both orders and
         averaged, since small models like one letter whatever it stands for; the difference is
         shown as position bias, and what the letters have of all probability as label mass.
-Differs from the source: both orders (there: one); worked judgements are six of our own instead of
-        20 of the same task, and are left out where the questions have none before them.
+Differs from the source: both orders (there: one); the worked judgements that can be shown are six
+        of our own instead of 20 of the same task, and are left out where they would fill half of
+        the model's window. They raise the label mass, and may prime a small model to call what
+        looks like a wrong one of them wrong.
 """
 
 import time
@@ -14,7 +16,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from analyzers.card import Card
-from analyzers.common.answering import SURER, Answered, Assessments, Signals, groups
+from analyzers.common.answering import (
+    SURER,
+    Answered,
+    Assessments,
+    Signals,
+    groups,
+    trust_of,
+    trusted,
+)
 from analyzers.common.asking import (
     encoded,
     instruction,
@@ -59,7 +69,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class Params:
-    examples: bool = knob(True, "Show six worked judgements before the question")
+    examples: bool = knob(False, "Show six worked judgements before the question")
     chat: bool = knob(False, "Ask in a conversation, as chat models are used to")
     max_new: int = knob(48, "When to stop writing the answer", lo=1, hi=4096, unit="tokens")
 
@@ -89,7 +99,7 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
         SIGNALS["p_true"],
         verdict=verdict.verdict,
         label_mass=verdict.label_mass,
-        detail=verdict.detail,
+        detail={**verdict.detail, **trust_of("p_true", trusted(ctx))},
         passes=engine.forwards - before,
         ms=round(1e3 * (time.perf_counter() - began), 3),
     )

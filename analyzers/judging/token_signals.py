@@ -16,7 +16,15 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from analyzers.card import Card
-from analyzers.common.answering import LESS_SURE, SURER, Answered, Assessments, Signals
+from analyzers.common.answering import (
+    LESS_SURE,
+    SURER,
+    Answered,
+    Assessments,
+    Signals,
+    trust_of,
+    trusted,
+)
 from analyzers.common.judges import Verdict
 from analyzers.context import Context
 from analyzers.engine import Engine, Filters
@@ -73,6 +81,7 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
             break
     if why != "end of text":
         yield Note("info", "The answer was cut off: its sums are those of a beginning.")
+    known = trusted(ctx)
     parts = {"answer": tokens} | {
         f"sentence {number}": its for number, its in enumerate(sentences(tokens), start=1)
     }
@@ -86,7 +95,12 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
                 name,
                 score,
                 SIGNALS[name],
-                detail={"first": its[0].pos, "last": its[-1].pos, "unit": UNITS.get(name, "nats")},
+                detail={
+                    "first": its[0].pos,
+                    "last": its[-1].pos,
+                    "unit": UNITS.get(name, "nats"),
+                    **(trust_of(name, known) if target == "answer" else {}),
+                },
             )
     return why
 
