@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from analyzers.engine.core import Engine
     from analyzers.engine.cost import Cost
     from analyzers.engine.values import Cursor
+    from analyzers.registry import Method
     from analyzers.trace import Event
 
 
@@ -59,6 +60,10 @@ def nothing_earlier(run: str) -> "Iterable[Event]":
     raise BadInput(f"There is no run {run!r} to go on from.")
 
 
+def nothing_assesses() -> "Mapping[str, Method]":
+    return {}
+
+
 def nothing_kept(engine: "Engine", ids: "Sequence[int]") -> None:
     return None
 
@@ -72,7 +77,8 @@ class Context:
     """seed: of the run. engines: by the ModelRef that names them in the knobs; "" is the run's own.
     cost: what passes of the run's own engine take here, None until that was measured; decisions
     rest on it and never on the clock. history(): the texts of earlier runs, prompt and answer,
-    newest first. earlier(id): the events of one of them. cancelled(): whether to stop, for long
+    newest first. earlier(id): the events of one of them. assessors(): the methods
+    that have signals, by name. cancelled(): whether to stop, for long
     work between two passes (the engine asks before each). `cursors` collects what `begin` handed
     out for the run's own engine, for the runner to keep."""
 
@@ -84,6 +90,7 @@ class Context:
     artifacts: Artifacts = field(default_factory=Forgotten)
     history: Callable[[], Iterator[str]] = nothing_written
     earlier: "Callable[[str], Iterable[Event]]" = nothing_earlier
+    assessors: "Callable[[], Mapping[str, Method]]" = nothing_assesses
     cancelled: Callable[[], bool] = never
 
     def rng(self, *keys: object) -> random.Random:

@@ -46,6 +46,11 @@ def methods() -> dict[str, Method]:
     return found
 
 
+def assessors() -> dict[str, Method]:
+    """The methods that have signals."""
+    return {name: method for name, method in methods().items() if method.signals}
+
+
 def method(name: str) -> Method:
     """Raises: BadInput with the names there are."""
     if name == WORKBENCH:

@@ -93,7 +93,7 @@ class Item:
 def signals() -> dict[str, registry.Method]:
     """Every signal there is, by name, and the method that measures it."""
     return {
-        name: method for method in registry.methods().values() for name in (method.signals or {})
+        name: method for method in registry.assessors().values() for name in (method.signals or {})
     }
 
 

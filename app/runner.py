@@ -768,6 +768,7 @@ class Runner:
             artifacts=StoredArtifacts(self.store, _model_key(engine)),
             history=lambda: self._history(run.id),
             earlier=self._earlier,
+            assessors=registry.assessors,
             cancelled=lambda: bool(run._stop_reason),
         )
         status, reason = yield from self._drive(ready, ctx)

@@ -61,7 +61,8 @@ def own_engine(own_engine, method) -> Engine:
 def run_on(engine: Engine, method: Method, seed: int = 7, text: str = TEXT):
     assert not lacks(method.card, engine.can)
     params = build(method.params, small(method))
-    return method.run(engine, task_for(method, text), params, Context(seed))
+    ctx = Context(seed, assessors=registry.assessors)
+    return method.run(engine, task_for(method, text), params, ctx)
 
 
 def traces(engine: Engine) -> dict[str, object]:

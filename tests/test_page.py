@@ -260,6 +260,7 @@ def test_drafting_shows_first_who_proposed_a_token(bar):
         "layers": "probability",
         "drafting": "origin",
         "search": "probability",
+        "assessment": "probability",
     }
 
 

@@ -7,17 +7,19 @@ each up to the end of its first line.
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from analyzers.common.asking import instruction
 from analyzers.common.judges import Scale, Verdict
 from analyzers.common.prefixes import shared
 from analyzers.context import Context
 from analyzers.engine import Cursor, Engine, Filters
 from analyzers.engine.signals import chosen, token
 from analyzers.errors import BadInput
-from analyzers.trace import Token
+from analyzers.task import Task
+from analyzers.trace import Judgement, Token
 
 SIDE_BY_SIDE = 16
 """Answers that are written at once: more rows a pass, and more that wait for the longest."""
@@ -116,12 +118,66 @@ def behind(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Cursor]:
     common = min(common, min(map(len, prompts)) - 1)
     if common < 1:
         return [engine.prefill(prompt) for prompt in prompts]
-    stem, cursors = engine.prefill(prompts[0][:common]), []
-    for prompt in prompts:
-        cursor = engine.fork(stem)
-        engine.extend(cursor, prompt[common:])
-        cursors.append(cursor)
+    stem = engine.prefill(prompts[0][:common])
+    known: dict[tuple[int, ...], Cursor] = {}
+    cursors = []
+    for prompt in map(tuple, prompts):
+        if prompt in known:
+            cursors.append(engine.fork(known[prompt]))
+            continue
+        known[prompt] = engine.fork(stem)
+        engine.extend(known[prompt], prompt[common:])
+        cursors.append(known[prompt])
     return cursors
+
+
+def spoken(
+    engine: Engine, cursor: Cursor, max_new: int
+) -> Generator[Token, None, tuple[list[Token], str]]:
+    """Yield the greedy answer behind `cursor`, all its lines; return it and why it ended."""
+    tokens: list[Token] = []
+    while len(tokens) < max_new:
+        if cursor.pos == engine.context:
+            return tokens, "context full"
+        step = engine.step(cursor, filters=GREEDY)
+        tokens.append(token(engine, step, int(step.raw.argmax())))
+        yield tokens[-1]
+        engine.push(cursor, tokens[-1].id)
+        if engine.ends(tokens[-1].id):
+            return tokens, "end of text"
+    return tokens, "max_new reached"
+
+
+def answered(
+    engine: Engine, task: Task, ctx: Context, max_new: int
+) -> Generator[Token, None, Answered]:
+    """Yield the greedy answer to a prompt; return it as what signals are about.
+
+    Raises: OutOfContext; BadInput for an answer that was begun already."""
+    question, ids = instruction(task), engine.encode(task)
+    tokens, why = yield from spoken(engine, ctx.begin(engine, ids), max_new)
+    text = engine.vocabulary.decode([each.id for each in tokens]).strip()
+    asked = Asked("answer", question, "", tuple(ids))
+    return Answered(asked, Written(tuple(tokens), text, why == "end of text"))
+
+
+def judgement(
+    name: str, verdict: Verdict, scale: Scale, ctx: Context, *, passes: int, ms: float
+) -> Judgement:
+    """What a signal says of the answer on the page, with what is known of the signal."""
+    return Judgement(
+        name,
+        "answer",
+        name,
+        verdict.score,
+        scale,
+        verdict=verdict.verdict,
+        label_mass=verdict.label_mass,
+        rationale=verdict.rationale,
+        detail={**verdict.detail, **trust_of(name, trusted(ctx))},
+        passes=passes,
+        ms=round(ms, 3),
+    )
 
 
 def first_line(text: str) -> str:

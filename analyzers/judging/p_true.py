@@ -21,23 +21,17 @@ from analyzers.common.answering import (
     Answered,
     Assessments,
     Signals,
+    answered,
     groups,
-    trust_of,
-    trusted,
+    judgement,
 )
-from analyzers.common.asking import (
-    encoded,
-    instruction,
-    next_labels,
-    spellings,
-    user,
-)
+from analyzers.common.asking import encoded, next_labels, spellings, user
 from analyzers.common.judges import Verdict
 from analyzers.common.prefixes import Prefixes
 from analyzers.context import Context
-from analyzers.engine import Engine, Filters
+from analyzers.engine import Engine
 from analyzers.engine.scoring import Labels
-from analyzers.engine.signals import DIGITS, token
+from analyzers.engine.signals import DIGITS
 from analyzers.params import knob
 from analyzers.task import Task
 from analyzers.trace import Event, Judgement, Note, Token
@@ -78,30 +72,17 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     """Yield the greedy answer and one Judgement of it (target "answer").
 
     Raises: OutOfContext; BadInput for an answer that was begun already."""
-    question = instruction(task)
-    cursor = ctx.begin(engine, engine.encode(task))
-    tokens: list[Token] = []
-    while len(tokens) < params.max_new and cursor.pos < engine.context:
-        step = engine.step(cursor, filters=Filters(temperature=0))
-        tokens.append(token(engine, step, int(step.raw.argmax())))
-        yield tokens[-1]
-        engine.push(cursor, tokens[-1].id)
-        if engine.ends(tokens[-1].id):
-            break
-    answer = engine.vocabulary.decode([each.id for each in tokens]).strip()
+    item = yield from answered(engine, task, ctx, params.max_new)
     before, began = engine.forwards, time.perf_counter()
-    (verdict,) = _verdicts(engine, [(question, answer)], params, Prefixes(engine))
-    yield Judgement(
+    (said,) = assess(engine, [item], params, ctx)
+    verdict = said["p_true"]
+    yield judgement(
         "p_true",
-        "answer",
-        "P(True)",
-        verdict.score,
+        verdict,
         SIGNALS["p_true"],
-        verdict=verdict.verdict,
-        label_mass=verdict.label_mass,
-        detail={**verdict.detail, **trust_of("p_true", trusted(ctx))},
+        ctx,
         passes=engine.forwards - before,
-        ms=round(1e3 * (time.perf_counter() - began), 3),
+        ms=1e3 * (time.perf_counter() - began),
     )
     if verdict.label_mass is not None and verdict.label_mass < SMALL_MASS:
         yield Note(
@@ -112,12 +93,10 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     return "judged"
 
 
-def assess(
-    engine: Engine, answered: Sequence[Answered], params: Params, ctx: Context
-) -> Assessments:
+def assess(engine: Engine, items: Sequence[Answered], params: Params, ctx: Context) -> Assessments:
     """P(True) of each answer, many questions in one pass. Raises: OutOfContext."""
     prefixes = Prefixes(engine)
-    for some in groups(answered, TOGETHER):
+    for some in groups(items, TOGETHER):
         pairs = [(each.asked.question, each.written.text) for each in some]
         for verdict in _verdicts(engine, pairs, params, prefixes):
             yield {"p_true": verdict}
@@ -129,17 +108,22 @@ def _verdicts(
     params: Params,
     prefixes: Prefixes,
 ) -> list[Verdict]:
-    """Of (question, answer) pairs; the second label set is of the order (A) False (B) True."""
-    prompts = [
-        _prompt(engine, question, answer, swapped, params)
-        for question, answer in pairs
-        for swapped in (False, True)
-    ]
+    """Of (question, answer) pairs, each in the order (A) True (B) False and the other way round."""
+    first, swapped = (
+        [prompt(engine, question, answer, order, params) for question, answer in pairs]
+        for order in (False, True)
+    )
     before = engine.forwards
-    said = next_labels(engine, prefixes, prompts, LABELS, BEGUN)
+    # With examples before them the two orders part at once, and each has a beginning of its own
+    # that is kept; without, each question is read once for both.
+    calls = [first, swapped] if params.examples else [[*first, *swapped]]
+    said = [
+        one for prompts in calls for one in next_labels(engine, prefixes, prompts, LABELS, BEGUN)
+    ]
     passes = (engine.forwards - before) // len(pairs)
     return [
-        _verdict(first, second, passes) for first, second in zip(said[::2], said[1::2], strict=True)
+        _verdict(one, other, passes)
+        for one, other in zip(said[: len(pairs)], said[len(pairs) :], strict=True)
     ]
 
 
@@ -158,7 +142,7 @@ def _verdict(first: Labels, swapped: Labels, passes: int) -> Verdict:
     )
 
 
-def _prompt(engine: Engine, question: str, answer: str, swapped: bool, params: Params) -> list[int]:
+def prompt(engine: Engine, question: str, answer: str, swapped: bool, params: Params) -> list[int]:
     """Ids up to where the letter comes. Worked judgements that would fill half of the model's
     window are left out."""
     last = _question(question, answer, swapped)

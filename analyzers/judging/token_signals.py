@@ -22,13 +22,14 @@ from analyzers.common.answering import (
     Answered,
     Assessments,
     Signals,
+    spoken,
     trust_of,
     trusted,
 )
 from analyzers.common.judges import Verdict
 from analyzers.context import Context
-from analyzers.engine import Engine, Filters
-from analyzers.engine.signals import DIGITS, token
+from analyzers.engine import Engine
+from analyzers.engine.signals import DIGITS
 from analyzers.params import knob
 from analyzers.task import Task
 from analyzers.trace import Event, Judgement, Note, Token
@@ -66,19 +67,7 @@ def run(engine: Engine, task: Task, params: Params, ctx: Context) -> Generator[E
     "last"). Raises: OutOfContext where the prompt fills the window."""
     cursor = ctx.begin(engine, engine.encode(task))
     yield from task.written
-    tokens: list[Token] = []
-    why = "max_new reached"
-    while len(tokens) < params.max_new:
-        if cursor.pos == engine.context:
-            why = "context full"
-            break
-        step = engine.step(cursor, filters=Filters(temperature=0))
-        tokens.append(token(engine, step, int(step.raw.argmax())))
-        yield tokens[-1]
-        engine.push(cursor, tokens[-1].id)
-        if engine.ends(tokens[-1].id):
-            why = "end of text"
-            break
+    tokens, why = yield from spoken(engine, cursor, params.max_new)
     if why != "end of text":
         yield Note("info", "The answer was cut off: its sums are those of a beginning.")
     known = trusted(ctx)
@@ -111,7 +100,10 @@ def assess(
     """What each signal says of each answer; no further pass."""
     for each in answered:
         values = measured(each.written.tokens)
-        yield {name: Verdict(values.get(name)) for name in SIGNALS}
+        yield {
+            name: Verdict(values.get(name), detail={"unit": UNITS.get(name, "nats")})
+            for name in SIGNALS
+        }
 
 
 def measured(tokens: Sequence[Token]) -> Mapping[str, float]:

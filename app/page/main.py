@@ -46,7 +46,7 @@ ASKING = (
     ),
     Asking("Drafting", "drafting", ("drafting",), "prompt_lookup", COPY_PROMPT, origin.NAME),
     Asking("Search", "search", ("search",), "rain", ask.ADVICE_PROMPT),
-    Asking("Self-assessment", "assessment", ("judging",), "token_signals", ask.FIRST_PROMPT),
+    Asking("Self-assessment", "assessment", ("judging",), "all_signals", ask.CAPITAL_PROMPT),
 )
 """The tabs that ask, in their order."""
 

@@ -26,6 +26,7 @@ from visualizations import status, turns
 from visualizations.signals import PROBABILITY
 
 FIRST_PROMPT = "What is the capital of Kenya, and since when?"
+CAPITAL_PROMPT = "What is the capital of Australia?"
 OPEN_PROMPT = "Is it dangerous to swallow chewing gum?"
 """One that several answers fit, so that a method can change the answer."""
 ADVICE_PROMPT = "How do I stay safe on a long hike alone?"
