@@ -32,7 +32,7 @@ def test_every_signal_has_its_direction_and_cost():
     html = view.render([signal(), signal("mean_entropy", score=1.25), asked(passes=3, ms=120.4)])
     assert html.count("higher = surer") == 2
     assert html.count("lower = surer") == 1
-    assert "−0.50 <small>nats" in html
+    assert "−0.50 nats" in html
     assert "3 passes, 120 ms" in html
     assert html.count("free") == 2
     assert html.count("not measured yet") == 3
@@ -44,6 +44,13 @@ def test_a_probability_has_a_bar_and_both_orders():
     assert "true as (A) 90" in html and "as (B) 34" in html
     assert 'class="warn">label mass 12' in html
     assert "warn" not in view.render([asked(label_mass=0.9)])
+
+
+def test_how_the_draws_fell_is_told_beside_their_agreement():
+    votes = {"votes": (6, 3, 1)}
+    scale = (0.0, 1.0, "surer", True)
+    html = view.render([signal("self_consistency", score=0.6, scale=scale, detail=votes)])
+    assert "3 different answers in 10 draws" in html
 
 
 def test_a_score_that_could_not_be_read():

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 from analyzers.trace import Event, Judgement, Token, surviving
-from visualizations.text import escape, number, percent, spaced, visible
+from visualizations.text import counted, escape, number, percent, spaced, visible
 
 TITLE = "How sure is the model of this answer?"
 DRAWS: tuple[type[Event], ...] = (Judgement,)
 
 SURER, LESS_SURE = "surer", "less sure"
 _ARROWS = {SURER: "higher = surer", LESS_SURE: "lower = surer"}
+_NAMES = {"p_true": "P(True)", "p_ik": "P(IK)", "verbalized": "verbalized confidence"}
 _ANSWER, _SENTENCE = "answer", "sentence "
 _BY_SENTENCE = ("sequence_logprob", "mean_logprob", "min_logprob", "mean_entropy")
 """Of a sentence the others say the same again."""
@@ -31,8 +32,8 @@ def render(events: Sequence[Event]) -> str:
     signals = [event for event in events if isinstance(event, Judgement) and _of_answer(event)]
     rows = "".join(_row(event) for event in signals)
     return (
-        '<div class="x-assessment"><table><thead><tr><th>signal</th><th>value</th><th></th>'
-        "<th>direction</th><th>cost</th><th>tells right from wrong?</th></tr></thead>"
+        '<div class="x-assessment"><table><thead><tr><th>signal</th><th>value</th>'
+        "<th>tells right from wrong?</th><th>cost</th></tr></thead>"
         f"<tbody>{rows}</tbody></table>{_sentences(events)}"
         '<p class="quiet">A signal is worth what it tells apart on questions with known answers: '
         "<code>python3 launch.py evaluate --data capitals</code> measures that for this model."
@@ -54,15 +55,19 @@ def _row(event: Judgement) -> str:
         width = 100 * (event.score - lo) / (hi - lo)
         bar = f'<span class="b half"><u style="width:{width:.1f}%"></u></span>'
     else:
-        shown, bar = f"{number(event.score)} <small>{unit}</small>", ""
+        shown, bar = f"{number(event.score)} {unit}".rstrip(), ""
     cost = {0: "free", 1: "1 pass"}.get(event.passes, f"{event.passes:,} passes")
     if event.ms:
         cost += f", {number(event.ms, 0)} ms"
     return (
-        f"<tr><th>{escape(visible(event.judge.replace('_', ' ')))}{_beside(event)}</th>"
-        f"<td><b>{shown}</b></td><td>{bar}</td><td>{_ARROWS[direction]}</td><td>{cost}</td>"
-        f"<td>{_badge(event)}</td></tr>"
+        f"<tr><th>{escape(visible(_named(event.judge)))}{_beside(event)}</th>"
+        f"<td><b>{shown}</b>{bar}<small>{_ARROWS[direction]}</small></td>"
+        f"<td>{_badge(event)}</td><td>{cost}</td></tr>"
     )
+
+
+def _named(signal: str) -> str:
+    return _NAMES.get(signal, signal.replace("_", " ").replace("logprob", "log-probability"))
 
 
 def _badge(event: Judgement) -> str:
@@ -96,6 +101,9 @@ def _beside(event: Judgement) -> str:
     if event.label_mass is not None:
         warned = ' class="warn"' if event.label_mass < 0.5 else ""
         said.append(f"<span{warned}>label mass {percent(event.label_mass)}</span>")
+    votes = event.detail.get("votes")
+    if isinstance(votes, tuple) and event.scale[3]:
+        said.append(f"{counted(len(votes), 'different answer')} in {sum(votes)} draws")
     return f"<small>{' · '.join(said)}</small>" if said else ""
 
 
